@@ -1,0 +1,1 @@
+"""Adapters as a whole: in a model, and on disk."""

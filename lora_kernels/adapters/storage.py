@@ -1,0 +1,283 @@
+"""Save and load an adapter, and nothing else of the model.
+
+Two files, told apart by the suffix:
+
+- ``.pth`` / ``.pt``: torch's format, the plain dictionary ``{"<module>.lora.A.weight": tensor}``.
+  It says nothing of alpha or dropout; on a model without LoRA it loads with scale 1.
+- ``.safetensors``: the same keys; rank, alpha, rsLoRA and dropout of each module as metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..config import LayerConfig
+from ..linear.module import LoRALinear
+from .surgery import _require_lora, insert_lora, lora_layers, strip_wrappers
+
+_SUFFIXES = {"A": ".lora.A.weight", "B": ".lora.B.weight"}
+_METADATA = "lora_kernels"
+
+
+class AdapterMismatchError(ValueError):
+    """An adapter file does not fit the model, or is not an adapter; the model is unchanged."""
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """``{"<module>.lora.A.weight": [R, K], "<module>.lora.B.weight": [N, R]}``, detached.
+
+    Wrapper prefixes are dropped from the names. The tensors share storage with the model.
+
+    Raises:
+        ValueError: the model carries no LoRA.
+    """
+    return {
+        name + suffix: getattr(layer.lora, factor).weight.detach()
+        for name, layer in _require_lora(model, "lora_state_dict").items()
+        for factor, suffix in _SUFFIXES.items()
+    }
+
+
+def save_lora(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the adapter to ``path`` (``.pth``, ``.pt`` or ``.safetensors``), in its own dtype.
+
+    The file appears whole or not at all. Missing parent directories are made.
+
+    Raises:
+        ValueError: another suffix, or the model carries no LoRA.
+    """
+    path = Path(path)
+    kind = _kind(path)
+    state = {key: tensor.cpu().contiguous() for key, tensor in lora_state_dict(model).items()}
+    if kind == "torch":
+        # A tensor that is a view would drag its whole storage into the file.
+        plain = {key: tensor.clone() for key, tensor in state.items()}
+        write_atomically(path, lambda temporary: torch.save(plain, temporary))
+    else:
+        modules = {name: asdict(layer.lora_config) for name, layer in lora_layers(model).items()}
+        metadata = {"format": "pt", _METADATA: json.dumps({"version": 1, "modules": modules})}
+        write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
+
+
+def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> list[str]:
+    """Load the adapter at ``path`` into ``model``; on a model without LoRA, apply it first.
+
+    Every key, shape, dtype and value is checked before the model is touched. Tensors are cast to
+    the dtype and device of the model's factors. Files are read without unpickling code.
+
+    Args:
+        model: carries LoRA on the same modules, or none at all.
+        path: a file that `save_lora` wrote, or a ``.pth`` of the same keys.
+        strict: demand that the file and the model's adapter have the same modules. If false,
+            modules on one side only are left alone; shapes must fit still.
+
+    Returns:
+        The names of the modules loaded.
+
+    Raises:
+        FileNotFoundError: no such file.
+        AdapterMismatchError: what is missing, unexpected, mis-shaped or not finite, by name.
+        ValueError: another suffix.
+    """
+    path = Path(path)
+    state, described = _read(path)
+    pairs = _pairs(state, path)
+    by_clean_name = {strip_wrappers(name): name for name, _ in model.named_modules()}
+    layers = lora_layers(model)
+    fresh = not layers
+    if fresh:
+        wanted = {
+            name: described.get(name, LayerConfig(rank=pair["A"].shape[0]))
+            for name, pair in pairs.items()
+            if strict or name in by_clean_name
+        }
+        layers = _trial_layers(model, wanted, by_clean_name, path)
+    missing = [name for name in layers if name not in pairs]
+    unexpected = [name for name in pairs if name not in layers]
+    problems = []
+    if strict and missing:
+        problems.append(f"missing from the file: {_listed(missing)}")
+    if strict and unexpected:
+        problems.append(f"in the file but without LoRA in the model: {_listed(unexpected)}")
+    loaded = [name for name in layers if name in pairs]
+    if not loaded and not problems:
+        problems.append("the file and the model have no module in common")
+    for name in loaded:
+        problems += _differences(name, layers[name], pairs[name], described.get(name))
+    if problems:
+        raise AdapterMismatchError(
+            f"{path} does not fit the model; nothing was loaded.\n  " + "\n  ".join(problems)
+        )
+    if fresh:
+        insert_lora(model, {by_clean_name[name]: wanted[name] for name in loaded})
+        layers = lora_layers(model)
+    with torch.no_grad():
+        for name in loaded:
+            layers[name].lora.A.weight.copy_(pairs[name]["A"])
+            layers[name].lora.B.weight.copy_(pairs[name]["B"])
+    return loaded
+
+
+def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
+    """Call ``write`` with a temporary name beside ``path`` and rename the result onto it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        # mkstemp makes private files; give this one the permissions of any other new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _kind(path: Path) -> str:
+    if path.suffix in (".pth", ".pt"):
+        return "torch"
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    raise ValueError(f"path must end in .pth, .pt or .safetensors, got {str(path)!r}")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, LayerConfig]]:
+    """The file's tensors, wrapper prefixes dropped, and the layers that its metadata describes."""
+    kind = _kind(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter file at {path}; check the path")
+    described: dict[str, LayerConfig] = {}
+    try:
+        if kind == "torch":
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            with safetensors.safe_open(str(path), framework="pt", device="cpu") as file:
+                content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                described = _described((file.metadata() or {}).get(_METADATA))
+    except pickle.UnpicklingError:
+        raise AdapterMismatchError(
+            f"{path} is not a plain dictionary of tensors: it holds pickled objects, which could "
+            "run code and are never loaded"
+        ) from None
+    except (
+        safetensors.SafetensorError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise AdapterMismatchError(
+            f"{path} cannot be read as an adapter file, it may be cut short: {error}"
+        ) from None
+    if not isinstance(content, Mapping):
+        raise AdapterMismatchError(
+            f"{path} holds a {type(content).__name__}, not a dictionary of tensors"
+        )
+    return {strip_wrappers(str(key)): value for key, value in content.items()}, described
+
+
+def _described(metadata: str | None) -> dict[str, LayerConfig]:
+    if metadata is None:
+        return {}
+    modules = json.loads(metadata)["modules"]
+    return {name: LayerConfig(**layer) for name, layer in modules.items()}
+
+
+def _pairs(state: Mapping[str, Any], path: Path) -> dict[str, dict[str, Tensor]]:
+    """Sort ``state`` into ``{module: {"A": …, "B": …}}``, or say what is wrong with it."""
+    problems = []
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        factor = next((f for f, suffix in _SUFFIXES.items() if key.endswith(suffix)), None)
+        if factor is None:
+            problems.append(f"unexpected key {key!r} (keys end in .lora.A.weight, .lora.B.weight)")
+        elif not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            came = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            problems.append(f"{key}: expected a floating-point tensor, found {came}")
+        elif tensor.dim() != 2 or 0 in tensor.shape:
+            problems.append(f"{key}: expected a matrix, found shape {tuple(tensor.shape)}")
+        elif not torch.isfinite(tensor).all():
+            problems.append(f"{key}: holds NaN or infinity")
+        else:
+            pairs.setdefault(key.removesuffix(_SUFFIXES[factor]), {})[factor] = tensor
+    for name, pair in pairs.items():
+        problems += [
+            f"missing key {name}{suffix}"
+            for factor, suffix in _SUFFIXES.items()
+            if factor not in pair and name + suffix not in state
+        ]
+    if problems or not pairs:
+        what = "\n  ".join(problems) if problems else "it holds no tensors"
+        raise AdapterMismatchError(
+            f"{path} is not a LoRA adapter that can be loaded; nothing was changed.\n  {what}"
+        )
+    return pairs
+
+
+def _trial_layers(
+    model: nn.Module,
+    wanted: Mapping[str, LayerConfig],
+    by_clean_name: Mapping[str, str],
+    path: Path,
+) -> dict[str, LoRALinear]:
+    """What the layers would be, on the meta device, to hold the file against."""
+    problems, layers = [], {}
+    modules = dict(model.named_modules())
+    for name, layer in wanted.items():
+        module = modules.get(by_clean_name.get(name, ""))
+        if name not in by_clean_name:
+            problems.append(f"the model has no module {name!r}")
+        elif type(module) is not nn.Linear:
+            problems.append(f"{name!r} is a {type(module).__name__}, not an nn.Linear")
+        else:
+            layers[name] = LoRALinear(
+                module.in_features,
+                module.out_features,
+                rank=layer.rank,
+                alpha=layer.alpha,
+                dropout=layer.dropout,
+                use_rslora=layer.use_rslora,
+                device="meta",
+            )
+    if problems:
+        raise AdapterMismatchError(
+            f"{path} does not fit the model; nothing was loaded.\n  " + "\n  ".join(problems)
+        )
+    return layers
+
+
+def _differences(
+    name: str, layer: LoRALinear, pair: Mapping[str, Tensor], described: LayerConfig | None
+) -> list[str]:
+    problems = []
+    for factor, suffix in _SUFFIXES.items():
+        expected = tuple(getattr(layer.lora, factor).weight.shape)
+        found = tuple(pair[factor].shape)
+        if expected != found:
+            problems.append(f"{name}{suffix}: expected {list(expected)}, found {list(found)}")
+    if described is not None and described.scale != layer.scale:
+        problems.append(
+            f"{name}: the file was trained with scale {described.scale:g} (rank {described.rank}, "
+            f"alpha {described.alpha}), the model has {layer.scale:g}; apply LoRA with that alpha"
+        )
+    return problems
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,364 @@
+"""Put LoRA into a model, merge it, switch it off, take it out.
+
+Everything is checked before the first module is touched: a call that raises leaves the model as
+it was.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LayerConfig, LoRAConfig
+from ..linear.module import ACTIVE, DISABLED, MERGED, LoRALinear
+
+# Wrappers put these into module names; adapters are the same with and without them.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def strip_wrappers(name: str) -> str:
+    """``name`` without the parts that DDP, compile, FSDP and checkpoint wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Every LoRALinear in ``model`` by its name without wrapper prefixes, in module order."""
+    return {
+        strip_wrappers(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear)
+    }
+
+
+def apply_lora(
+    model: nn.Module,
+    rank: int = 16,
+    *,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] | str | None = None,
+    exclude_modules: Sequence[str] | str | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    use_rslora: bool = False,
+    verbose: bool = True,
+    config: LoRAConfig | None = None,
+) -> list[str]:
+    """Replace the targeted ``nn.Linear`` modules of ``model`` by `LoRALinear`, in place.
+
+    The weights are shared, not copied, and nothing is frozen: see `mark_only_lora_as_trainable`.
+
+    Args:
+        model: any module; its linears are adapted wherever they sit.
+        rank, alpha, dropout, target_modules, exclude_modules, rank_pattern, alpha_pattern,
+            use_rslora: see `LoRAConfig`.
+        verbose: print ``apply lora on module: <name>`` for each.
+        config: all of the above at once; the others must then be left at their defaults.
+
+    Returns:
+        The names of the adapted modules, in module order.
+
+    Raises:
+        TypeError: a target is not exactly an ``nn.Linear`` with a floating-point weight.
+        ValueError: a target matches nothing, the model carries LoRA already, a weight is tied to
+            another module, or an argument is out of range. The model is left as it was.
+    """
+    given = LoRAConfig(
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        rank_pattern=rank_pattern or {},
+        alpha_pattern=alpha_pattern or {},
+        use_rslora=use_rslora,
+    )
+    if config is None:
+        config = given
+    elif not isinstance(config, LoRAConfig):
+        raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
+    elif given != LoRAConfig():
+        raise ValueError("config and its single arguments were both given; use one of the two")
+    names = find_targets(model, config)
+    insert_lora(model, {name: config.layer(strip_wrappers(name)) for name in names})
+    if verbose:
+        for name in names:
+            print(f"apply lora on module: {name}")
+    return names
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Names of the modules that ``config`` targets in ``model``, in module order.
+
+    Raises:
+        ValueError, TypeError: as `apply_lora`.
+    """
+    modules = dict(model.named_modules())
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
+    target = config.target_modules
+    if target is None:
+        found = [
+            name
+            for name, m in linears.items()
+            if type(m) is nn.Linear and m.in_features == m.out_features
+        ]
+        wish = "a square linear (in_features == out_features)"
+    elif target == "all-linear":
+        head = _output_head(model)
+        found = [
+            name
+            for name, m in linears.items()
+            if type(m) is nn.Linear and m is not head and not _is_head_name(name)
+        ]
+        wish = "an nn.Linear"
+    elif isinstance(target, str):
+        found = [name for name in linears if re.fullmatch(target, strip_wrappers(name))]
+        wish = f"the regular expression {target!r}"
+    else:
+        for suffix in target:
+            if not any(_ends_in(name, suffix) for name in modules):
+                raise ValueError(_no_match(f"the target {suffix!r}", [suffix], linears))
+        found = [name for name in modules if any(_ends_in(name, suffix) for suffix in target)]
+        wish = f"any of {list(target)}"
+    _refuse_second_application(modules)
+    excluded = config.exclude_modules
+    if isinstance(excluded, str):
+        kept = [name for name in found if not re.fullmatch(excluded, strip_wrappers(name))]
+    else:
+        kept = [n for n in found if not any(_ends_in(n, suffix) for suffix in excluded or ())]
+    if not kept:
+        if found:
+            raise ValueError(f"exclude_modules leaves none of the {len(found)} modules targeted")
+        raise ValueError(_no_match(wish, [wish], linears))
+    return kept
+
+
+def insert_lora(model: nn.Module, layers: Mapping[str, LayerConfig]) -> None:
+    """Replace each named module of ``model`` by a LoRALinear of that configuration.
+
+    Raises:
+        TypeError, ValueError: as `apply_lora`, before anything is changed.
+    """
+    modules = dict(model.named_modules())
+    _refuse_second_application(modules)
+    owners = _parameter_owners(model)
+    for name in layers:
+        module = modules[name]
+        if module is model:
+            raise ValueError(
+                "model itself is the linear to adapt and cannot be replaced from inside; "
+                "use LoRALinear.from_linear(model)"
+            )
+        if type(module) is not nn.Linear:
+            raise TypeError(
+                f"target {name!r} is a {type(module).__name__}, not exactly an nn.Linear; "
+                "leave it out, by target_modules or exclude_modules"
+            )
+        if not module.weight.is_floating_point():
+            raise TypeError(f"target {name!r} has a weight of {module.weight.dtype}, not floating")
+        tied = [other for other in owners[id(module.weight)] if other != name]
+        if tied:
+            raise ValueError(
+                f"target {name!r} shares its weight with {', '.join(map(repr, tied))}; LoRA on one "
+                "of them would change neither the other nor a merged copy rightly; leave it out"
+            )
+    made = {
+        id(modules[name]): LoRALinear.from_linear(
+            modules[name],  # type: ignore[arg-type]
+            layer.rank,
+            alpha=layer.alpha,
+            dropout=layer.dropout,
+            use_rslora=layer.use_rslora,
+        )
+        for name, layer in layers.items()
+    }
+    _replace(model, made)
+
+
+def merge_lora(model: nn.Module) -> list[str]:
+    """Fold ``scale·B·A`` into each weight, in place, and leave plain ``nn.Linear`` modules.
+
+    The sum is taken in float32 (or wider) and rounded once into the weight's dtype.
+
+    Returns:
+        The names of the merged modules.
+
+    Raises:
+        ValueError: the model carries no LoRA, is inside `merged_lora` or `disable_lora`, A or B is
+            not finite, or a weight is tied. Nothing is changed then.
+    """
+    layers = _mergeable(model)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.weight.copy_(_merged_weight(layer))
+    _replace(model, {id(layer): layer.to_linear() for layer in layers.values()})
+    return list(layers)
+
+
+@contextmanager
+def merged_lora(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` with the adapter folded in for the length of the ``with``.
+
+    Afterwards the weights have the very same bits as before: a copy of each adapted weight is
+    held meanwhile. A and B do not get gradients inside.
+
+    Raises:
+        ValueError: as `merge_lora`.
+    """
+    layers = list(_mergeable(model).values())
+    backup: list[Tensor] = []
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                merged = _merged_weight(layer)
+                backup.append(layer.weight.detach().clone())
+                layer.weight.copy_(merged)
+                layer._lora_state = MERGED
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, weight in zip(layers, backup, strict=False):
+                layer.weight.copy_(weight)
+                layer._lora_state = ACTIVE
+
+
+@contextmanager
+def disable_lora(model: nn.Module) -> Iterator[None]:
+    """Run the bare base model for the length of the ``with``; may be nested.
+
+    Raises:
+        ValueError: the model carries no LoRA or is inside `merged_lora`.
+    """
+    layers = list(_require_lora(model, "disable_lora").values())
+    if any(layer._lora_state == MERGED for layer in layers):
+        raise ValueError("disable_lora inside merged_lora; leave the merged_lora block first")
+    before = [layer._lora_state for layer in layers]
+    try:
+        for layer in layers:
+            layer._lora_state = DISABLED
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            layer._lora_state = state
+
+
+def remove_lora(model: nn.Module) -> list[str]:
+    """Take the adapter out: every LoRALinear becomes the ``nn.Linear`` it was made from.
+
+    Returns:
+        The names of the modules.
+
+    Raises:
+        ValueError: the model carries no LoRA or is inside `merged_lora`.
+    """
+    layers = _require_lora(model, "remove_lora")
+    if any(layer._lora_state == MERGED for layer in layers.values()):
+        raise ValueError("remove_lora inside merged_lora; leave the merged_lora block first")
+    _replace(model, {id(layer): layer.to_linear() for layer in layers.values()})
+    return list(layers)
+
+
+def mark_only_lora_as_trainable(model: nn.Module) -> None:
+    """Set ``requires_grad`` on the parameters of A and B, and clear it on all others.
+
+    Raises:
+        ValueError: the model carries no LoRA.
+    """
+    trained = {id(parameter) for parameter in lora_parameters(model)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of A and B of every LoRALinear, in module order, as a list to use many times.
+
+    Raises:
+        ValueError: the model carries no LoRA.
+    """
+    layers = _require_lora(model, "lora_parameters")
+    return [p for layer in layers.values() for p in layer.lora.parameters()]
+
+
+def _require_lora(model: nn.Module, caller: str) -> dict[str, LoRALinear]:
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError(f"{caller}: model has no LoRALinear; call apply_lora or load_lora first")
+    return layers
+
+
+def _mergeable(model: nn.Module) -> dict[str, LoRALinear]:
+    layers = _require_lora(model, "merge")
+    owners = _parameter_owners(model)
+    for name, layer in layers.items():
+        if layer._lora_state != ACTIVE:
+            raise ValueError(
+                f"cannot merge {name!r}: its adapter is {layer._lora_state}; leave the "
+                "merged_lora or disable_lora block first"
+            )
+        if len(owners[id(layer.weight)]) > 1:
+            raise ValueError(
+                f"cannot merge {name!r}: its weight is tied, held by {owners[id(layer.weight)]}"
+            )
+        for factor in (layer.lora.A.weight, layer.lora.B.weight):
+            if not torch.isfinite(factor).all():
+                raise ValueError(f"cannot merge {name!r}: A or B holds NaN or infinity")
+    return layers
+
+
+def _merged_weight(layer: LoRALinear) -> Tensor:
+    delta = layer.delta_weight()
+    return delta.add_(layer.weight.detach()).to(layer.weight.dtype)
+
+
+def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put ``new[id(old)]`` wherever old is a child, under every name it has."""
+    for parent in list(model.modules()):
+        for attribute, child in parent._modules.items():
+            if id(child) in new:
+                parent._modules[attribute] = new[id(child)]
+
+
+def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that hold each parameter, by the parameter's id."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _refuse_second_application(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        if isinstance(module, LoRALinear):
+            raise ValueError(
+                f"model carries LoRA already (on {name!r}); call merge_lora or remove_lora first"
+            )
+
+
+def _ends_in(name: str, suffix: str) -> bool:
+    clean = strip_wrappers(name)
+    return suffix in (name, clean) or clean.endswith("." + suffix)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _is_head_name(name: str) -> bool:
+    clean = strip_wrappers(name)
+    return clean == "output" or clean.rpartition(".")[2] == "lm_head"
+
+
+def _no_match(wish: str, words: list[str], linears: Mapping[str, nn.Module]) -> str:
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in linears if name))
+    close = difflib.get_close_matches(words[0].rpartition(".")[2], endings, n=3)
+    hint = f"did you mean {close}?" if close else f"its linears end in {endings[:20]}"
+    return f"no module of the model matches {wish}; {hint if endings else 'it has no linears'}"

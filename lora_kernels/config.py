@@ -1,0 +1,172 @@
+"""What a LoRA adapter is: its rank, its scale, and the modules it goes on."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def lora_scale(rank: int, alpha: float | None = None, use_rslora: bool = False) -> float:
+    """Factor on the LoRA branch: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA.
+
+    Args:
+        rank: inner dimension R, at least 1.
+        alpha: numerator of the scale; ``None`` means a scale of 1.
+        use_rslora: divide by the root of the rank.
+
+    Returns:
+        The scale, dimensionless.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732, equation 2.
+    """
+    if alpha is None:
+        return 1.0
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+def check_rank(rank: Any, argument: str = "rank") -> int:
+    """Return ``rank`` if it is an integer of at least 1, else raise naming ``argument``."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"{argument} must be an integer, got {rank!r}; common values are 8 and 16")
+    if rank < 1:
+        raise ValueError(f"{argument} must be at least 1, got {rank}; common values are 8 and 16")
+    return rank
+
+
+def check_alpha(alpha: Any, argument: str = "alpha") -> float | None:
+    """Return ``alpha`` as a float or None, else raise naming ``argument``."""
+    if alpha is None:
+        return None
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(f"{argument} must be a number or None, got {alpha!r}; None means scale 1")
+    if not math.isfinite(alpha):
+        raise ValueError(f"{argument} must be finite, got {alpha}; a common value is 2 * rank")
+    return float(alpha)
+
+
+def check_dropout(dropout: Any, argument: str = "dropout") -> float:
+    """Return ``dropout`` as a float in [0, 1), else raise naming ``argument``."""
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(f"{argument} must be a number in [0, 1), got {dropout!r}; 0 turns it off")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(
+            f"{argument} must be in [0, 1), got {dropout}; common values: 0, 0.05, 0.1"
+        )
+    return float(dropout)
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One layer's share of an adapter: everything but the two matrices.
+
+    Attributes are those of `LoRAConfig`; they are checked on construction.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+        object.__setattr__(self, "alpha", check_alpha(self.alpha))
+        object.__setattr__(self, "dropout", check_dropout(self.dropout))
+        if not isinstance(self.use_rslora, bool):
+            raise TypeError(f"use_rslora must be True or False, got {self.use_rslora!r}")
+
+    @property
+    def scale(self) -> float:
+        """`lora_scale` of this layer."""
+        return lora_scale(self.rank, self.alpha, self.use_rslora)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which modules get LoRA, and of what rank and scale.
+
+    Args:
+        rank: inner dimension R of every factor pair, at least 1.
+        alpha: numerator of the scale, see `lora_scale`; ``None`` means scale 1.
+        dropout: probability in [0, 1) with which the LoRA branch drops elements of its input.
+        target_modules: ``None`` for every square linear (``in_features == out_features``); a list
+            of whole module names or dotted suffixes; a string is one regular expression matched
+            against the whole name, or ``"all-linear"`` for every linear but the output head.
+        exclude_modules: names, suffixes or one regular expression to leave out, same rules.
+        rank_pattern: rank of the modules whose name ends in a key (a regular expression matched
+            from a dot or the beginning to the end of the name; the first that matches wins).
+        alpha_pattern: alpha, likewise.
+        use_rslora: divide alpha by the root of the rank instead of the rank.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or outside its range.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: Sequence[str] | str | None = None
+    exclude_modules: Sequence[str] | str | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        LayerConfig(self.rank, self.alpha, self.dropout, self.use_rslora)
+        for argument in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, argument, _names(getattr(self, argument), argument))
+        for argument, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
+            pattern = getattr(self, argument)
+            pattern = {} if pattern is None else pattern
+            if not isinstance(pattern, Mapping):
+                raise TypeError(
+                    f"{argument} must map module names to numbers, got {type(pattern).__name__}"
+                )
+            for key, value in pattern.items():
+                _compiled(key, argument)
+                check(value, f"{argument}[{key!r}]")
+            object.__setattr__(self, argument, dict(pattern))
+
+    def layer(self, name: str) -> LayerConfig:
+        """The rank and scale of the module called ``name``, patterns applied."""
+        return LayerConfig(
+            rank=_first_match(self.rank_pattern, name, self.rank),
+            alpha=_first_match(self.alpha_pattern, name, self.alpha),
+            dropout=self.dropout,
+            use_rslora=self.use_rslora,
+        )
+
+
+def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _compiled(expression: Any, argument: str) -> re.Pattern[str]:
+    try:
+        return re.compile(expression)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"{argument} holds {expression!r}, which is not a regular expression: {error}"
+        ) from None
+
+
+def _names(value: Any, argument: str) -> tuple[str, ...] | str | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        _compiled(value, argument)
+        return value
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(
+        isinstance(name, str) for name in value
+    ):
+        raise TypeError(
+            f"{argument} must be None, a string, or a list of module names, got {value!r}"
+        )
+    if not value and argument == "target_modules":
+        raise ValueError(f"{argument} is empty; name at least one module, or pass None")
+    return tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)

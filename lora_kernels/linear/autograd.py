@@ -1,0 +1,133 @@
+"""The wiring: `lora_linear`, and the autograd Function that joins a forward to its backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..config import check_dropout
+from ..dispatch import choose
+from ..dropout import draw_keep_mask
+from . import reference
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """``x·Wᵀ + scale·(drop(x)·Aᵀ)·Bᵀ + bias``, differentiable once in every tensor.
+
+    Args:
+        x: input ``[..., K]``, floating point, any strides.
+        weight: base weight ``[N, K]``, of x's dtype.
+        lora_a: first factor ``[R, K]``; x's dtype or another floating one, in which case the
+            products are taken in x's dtype and the gradient comes back in the factor's.
+        lora_b: second factor ``[N, R]``, likewise.
+        bias: ``[N]`` of x's dtype, or None.
+        scale: factor on the LoRA branch, usually `lora_scale`.
+        dropout_p: probability in [0, 1) of dropping an element of the LoRA branch's input. The
+            base product always sees the whole x. Drawn from torch's generator.
+        training: dropout is applied only when true.
+
+    Returns:
+        y ``[..., N]``, contiguous, in x's dtype, or in autocast's dtype under autocast.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or the dtypes differ.
+        ValueError: shapes or devices do not fit, or dropout_p is out of range.
+        RuntimeError: `use_backend` asked for what cannot serve this call, or on differentiating
+            twice.
+
+    Source: LoRA, arXiv 2106.09685, equation 3.
+    """
+    _check(x, weight, lora_a, lora_b, bias)
+    check_dropout(dropout_p, "dropout_p")
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        # Kept wide, A and B would be rounded inside and their gradients widened: the same values.
+        lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
+    elif x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise TypeError(
+            f"x, weight and bias must share a dtype, got {x.dtype}, {weight.dtype} and "
+            f"{None if bias is None else bias.dtype}; cast them, or run under torch.autocast"
+        )
+    choose(x)  # raises where use_backend asked for what cannot be served
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    keep = draw_keep_mask(rows, dropout_p) if training and dropout_p else None
+    y = _LoRALinear.apply(rows, weight, lora_a, lora_b, bias, float(scale), keep, dropout_p)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        keep: Tensor | None,
+        dropout_p: float,
+    ) -> Tensor:
+        y, xa = reference.forward(x, weight, lora_a, lora_b, bias, scale, keep, dropout_p)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, xa, keep)
+        ctx.scale, ctx.dropout_p = scale, dropout_p
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 8
+        x, weight, lora_a, lora_b, xa, keep = ctx.saved_tensors
+        needs = reference.Needs(*ctx.needs_input_grad[:5])
+        grads = reference.backward(
+            dy, x, weight, lora_a, lora_b, xa, ctx.scale, keep, ctx.dropout_p, needs
+        )
+        return (*grads, None, None, None)
+
+
+def _check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
+    named = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
+    if bias is not None:
+        named["bias"] = bias
+    for name, tensor in named.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            came = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {came}")
+        if tensor.device != x.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but x is on {x.device}; move them to one device"
+            )
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [N, K], got shape {tuple(weight.shape)}")
+    n, k = weight.shape
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(
+            f"x must be [..., {k}] to fit weight [{n}, {k}], got shape {tuple(x.shape)}"
+        )
+    if lora_a.dim() != 2 or lora_a.shape[1] != k or lora_a.shape[0] < 1:
+        raise ValueError(
+            f"lora_a must be [R, {k}] with R at least 1, got shape {tuple(lora_a.shape)}"
+        )
+    rank = lora_a.shape[0]
+    if lora_b.shape != (n, rank):
+        raise ValueError(f"lora_b must be [{n}, {rank}], got shape {tuple(lora_b.shape)}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias must be [{n}], got shape {tuple(bias.shape)}")
