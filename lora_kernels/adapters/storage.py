@@ -92,8 +92,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
         ValueError: another suffix.
     """
     path = Path(path)
-    state, described = _read(path)
-    pairs = _pairs(state, path)
+    pairs, described = read_adapter(path)
     by_clean_name = {strip_wrappers(name): name for name, _ in model.named_modules()}
     layers = lora_layers(model)
     fresh = not layers
@@ -128,6 +127,20 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
             layers[name].lora.A.weight.copy_(pairs[name]["A"])
             layers[name].lora.B.weight.copy_(pairs[name]["B"])
     return loaded
+
+
+def read_adapter(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, LayerConfig]]:
+    """What an adapter file holds: ``{module: {"A": [R, K], "B": [N, R]}}`` and, where the file
+    says it, ``{module: LayerConfig}``. Wrapper prefixes are dropped from the names.
+
+    Raises:
+        FileNotFoundError, AdapterMismatchError, ValueError: as `load_lora`.
+    """
+    path = Path(path)
+    state, described = _read(path)
+    return _pairs(state, path), described
 
 
 def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
