@@ -121,9 +121,10 @@ def test_any_strides_of_x_and_dy(layout, dropout_p):
     ],
 )
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_error_budget(dtype, m, k, n, r, dropout_p, poisoned):
-    tensors = make(m, k, n, r, dtype)
-    dy = torch.randn(m, n, dtype=dtype)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_error_budget(device, dtype, m, k, n, r, dropout_p, poisoned):
+    tensors = {name: t.to(device) for name, t in make(m, k, n, r, dtype).items()}
+    dy = torch.randn(m, n, dtype=dtype).to(device)
     torch.manual_seed(7)
     keep = draw_keep_mask(tensors["x"], dropout_p)
 

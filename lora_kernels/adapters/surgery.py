@@ -359,6 +359,6 @@ def _is_head_name(name: str) -> bool:
 
 def _no_match(wish: str, words: list[str], linears: Mapping[str, nn.Module]) -> str:
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in linears if name))
-    close = difflib.get_close_matches(words[0].rpartition(".")[2], endings, n=3)
+    close = difflib.get_close_matches(words[0].rpartition(".")[2], endings, n=3, cutoff=0.5)
     hint = f"did you mean {close}?" if close else f"its linears end in {endings[:20]}"
     return f"no module of the model matches {wish}; {hint if endings else 'it has no linears'}"

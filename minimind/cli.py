@@ -1,0 +1,140 @@
+"""The `minimind` command and its subcommands."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .settings import FINETUNE_DEFAULTS, SFT_DEFAULTS, Settings, add_options
+
+_EPILOG = """examples:
+  minimind finetune                            teach the shipped model a new name, in about a minute
+  minimind finetune --data tea --targets all-linear --epochs 12
+  minimind finetune --data mine.jsonl --out out/mine --rank 8 --alpha 16
+  minimind chat --lora out/identity-1/adapter.safetensors --compare
+  minimind merge --lora out/identity-1/adapter.safetensors --out out/robin
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="minimind",
+        description="Fine-tune a small language model with LoRA, and talk to it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, text: str, run: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.set_defaults(run=run)
+        return command
+
+    finetune = add("finetune", "train a LoRA adapter on conversations; base weights stay", _train)
+    add_options(finetune, lora=True, defaults=FINETUNE_DEFAULTS)
+    sft = add("sft", "train a whole model on conversations; its defaults make the base", _train)
+    add_options(sft, lora=False, defaults=SFT_DEFAULTS)
+
+    chat = add("chat", "talk to a model, with an adapter, without, or both side by side", _chat)
+    _add_model_options(chat)
+    chat.add_argument("--compare", action="store_true", help="answer with and without the adapter")
+    chat.add_argument("--prompt", help="answer this once and leave, instead of a dialogue")
+    chat.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest word (default: 0)"
+    )
+    chat.add_argument(
+        "--top-p",
+        type=float,
+        default=0.9,
+        help="share of the probability to draw from, with a temperature above 0 (default: 0.9)",
+    )
+    chat.add_argument(
+        "--max-new-tokens", type=int, default=128, help="longest answer in tokens (default: 128)"
+    )
+    chat.add_argument("--device", default="auto", help="cpu, cuda, or auto (default: auto)")
+    chat.add_argument("--seed", type=int, default=42, help="seed of the draws (default: 42)")
+
+    merge = add("merge", "fold an adapter into its base and save the plain model", _merge)
+    _add_model_options(merge)
+    merge.add_argument("--out", required=True, help="directory for the merged model; must be new")
+    merge.add_argument(
+        "--dtype", default="bfloat16", help="float32, bfloat16 or float16 (default: bfloat16)"
+    )
+
+    info = add("info", "say what a model, an adapter or this machine is", _info)
+    info.add_argument(
+        "path", nargs="?", help="a model directory, a weight file or an adapter (default: machine)"
+    )
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", help="model directory or weight file (default: the shipped)")
+    parser.add_argument("--lora", help="adapter file that `minimind finetune` wrote")
+    parser.add_argument("--tokenizer", help="directory of the tokenizer (default: the base's own)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    options = build_parser().parse_args(arguments)
+    # Read by the tokenizers library when worker processes fork; it warns at length without.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Here and below: torch and transformers take seconds to import, `--help` should not.
+    from .prepare import UsageError
+    from .training import TrainingError
+
+    try:
+        options.run(options)
+    except (UsageError, TrainingError) as error:
+        print(f"minimind {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    from .jobs import run
+    from .prepare import UsageError, prepare
+
+    lora = options.command == "finetune"
+    defaults = FINETUNE_DEFAULTS if lora else SFT_DEFAULTS
+    given = {
+        name: value
+        for name, value in vars(options).items()
+        if name in Settings.__dataclass_fields__
+    }
+    if options.resume is not None and given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise UsageError(f"--resume takes its settings from the run; leave out {names}")
+    run(prepare(Settings(**{**defaults, **given}), lora, options.resume))
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from .chat import chat
+
+    chat(options)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from .commands import merge
+
+    merge(options)
+
+
+def _info(options: argparse.Namespace) -> None:
+    from .commands import info
+
+    info(options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,107 @@
+"""`minimind merge` and `minimind info`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+import transformers
+
+import lora_kernels
+from lora_kernels import explain, load_lora, merge_lora
+from lora_kernels.adapters.storage import AdapterMismatchError, read_adapter
+from lora_kernels.adapters.surgery import lora_layers
+
+from .checkpoint import load_model, save_model
+from .prepare import choose_device, load_base, new_directory, user_errors
+from .settings import Settings
+from .training import DTYPES, best_dtype
+
+
+def merge(options: argparse.Namespace) -> None:
+    """Fold ``options.lora`` into its base, in float32, and save the plain model.
+
+    Raises:
+        UsageError: a file or an option is wrong; nothing has been written then.
+    """
+    with user_errors():
+        if options.lora is None:
+            raise ValueError("merge needs an adapter; name one by --lora")
+        if options.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {options.dtype!r}")
+        out = new_directory(options.out)
+        model, tokenizer = load_base(Settings(base=options.base, tokenizer=options.tokenizer))
+        load_lora(model, options.lora)
+        deltas = {name: layer.delta_weight() for name, layer in lora_layers(model).items()}
+        merged = merge_lora(model)
+    dtype = DTYPES[options.dtype]
+    print(f"merged {len(merged)} modules in float32; what is lost by saving in {options.dtype}:")
+    for name in merged:
+        weight = model.get_parameter(f"{name}.weight").detach()
+        lost = (weight.to(dtype).float() - weight).norm() / deltas[name].norm()
+        print(f"  {name}: {lost:.2%} of the adapter's own size")
+    save_model(model, out, dtype)
+    tokenizer.save_pretrained(str(out))
+    print(f"wrote {out}/\nnext:  minimind chat --base {out}")
+
+
+def info(options: argparse.Namespace) -> None:
+    """Say what a model, an adapter or this machine is.
+
+    Raises:
+        UsageError: the path is none of these, or cannot be read.
+    """
+    with user_errors():
+        if options.path is None:
+            lines = _machine()
+        elif _is_adapter(Path(options.path)):
+            lines = _adapter(Path(options.path))
+        else:
+            lines = _model(Path(options.path))
+    print("\n".join(lines))
+
+
+def _machine() -> list[str]:
+    device = choose_device("auto")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}"
+    return [
+        f"lora_kernels  {lora_kernels.__version__}",
+        f"torch         {torch.__version__}",
+        f"transformers  {transformers.__version__}",
+        f"device        {name} ({torch.get_num_threads()} CPU threads)",
+        f"dtype         {str(best_dtype(device)).removeprefix('torch.')}",
+        f"path          {explain(torch.empty(0, device=device))}",
+    ]
+
+
+def _is_adapter(path: Path) -> bool:
+    if path.is_dir() or path.suffix not in (".safetensors", ".pth", ".pt"):
+        return False
+    try:
+        read_adapter(path)
+    except AdapterMismatchError:
+        return False
+    return True
+
+
+def _adapter(path: Path) -> list[str]:
+    pairs, described = read_adapter(path)
+    count = sum(tensor.numel() for pair in pairs.values() for tensor in pair.values())
+    lines = [f"LoRA adapter {path}: {count:,} parameters on {len(pairs)} modules"]
+    for name, pair in pairs.items():
+        scale = f", scale {described[name].scale:g}" if name in described else ""
+        dtype = str(pair["A"].dtype).removeprefix("torch.")
+        lines.append(f"  {name}: rank {pair['A'].shape[0]}{scale}, {dtype}")
+    return lines
+
+
+def _model(path: Path) -> list[str]:
+    model = load_model(path)
+    config = model.config
+    return [
+        f"MiniMind 2025-02 model {path}: {sum(p.numel() for p in model.parameters()):,} parameters",
+        f"  dim {config.dim}, {config.n_layers} layers, {config.n_heads} heads, "
+        f"{config.n_kv_heads} key-value heads, hidden {config.hidden_dim}, "
+        f"vocabulary {config.vocab_size}{', mixture of experts' if config.use_moe else ''}",
+    ]

@@ -1,0 +1,188 @@
+"""The work behind `minimind finetune` and `minimind sft`: train, compare, write down."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import lora_kernels
+from lora_kernels import explain, lora_state_dict, save_lora
+from lora_kernels.adapters.storage import write_atomically
+
+from .checkpoint import save_model
+from .data import SFTDataset
+from .generate import answer
+from .prepare import ADAPTER, RESUME, RUN, Job
+from .report import ANSWERS, METRICS, PLOT, Report, Side, append, compare, plot_loss, read_metrics
+from .training import Progress, evaluate
+
+MOST_ANSWERED = 100
+
+
+def run(job: Job) -> None:
+    """Train a prepared job, evaluate before and after, and write the results.
+
+    Raises:
+        TrainingError: the loss is not finite.
+        KeyboardInterrupt: after a resume point has been written.
+    """
+    print(describe(job), flush=True)
+    prompts, expected = heldout_prompts(job.heldout)
+    before = job.resumed["before"] if job.resumed else look(job, prompts, "before")
+    job.out.mkdir(parents=True, exist_ok=True)
+    write_json(job.out / RUN, resolved(job))
+    metrics = job.out / METRICS
+    if not job.resumed:
+        append(metrics, {"event": "before", **_losses(before)})
+    every, trainer = job.settings.save_interval, job.trainer
+    report = Report(job.out, trainer.step, trainer.total_steps, job.settings.log_interval)
+
+    def after_step(progress: Progress) -> None:
+        report.step(progress)
+        if every and progress.step % every == 0:
+            save_resume_point(job, before)
+
+    try:
+        with report:
+            trainer.run(after_step)
+    except KeyboardInterrupt:
+        save_resume_point(job, before)
+        print(f"\nstopped; go on with: minimind {job.command} --resume {job.out}")
+        raise
+    save_weights(job)
+    after = look(job, prompts, "after")
+    append(metrics, {"event": "after", **_losses(after)})
+    for row in zip(prompts, expected, before["answers"], after["answers"], strict=True):
+        append(
+            job.out / ANSWERS,
+            dict(zip(("prompt", "expected", "before", "after"), row, strict=True)),
+        )
+    (job.out / RESUME).unlink(missing_ok=True)
+    plot_loss(read_metrics(metrics), job.out / PLOT, f"minimind {job.command}: {job.settings.data}")
+    print("\nbefore -> after")
+    print(compare(Side(**before), Side(**after), prompts, expected))
+    print(closing(job))
+
+
+def describe(job: Job) -> str:
+    """What is about to happen, as text."""
+    cpu = f" ({torch.get_num_threads()} threads)"
+    gpu = f" ({torch.cuda.get_device_name(job.device)})" if job.device.type == "cuda" else ""
+    weights = next(job.model.parameters()).dtype
+    config, settings, train = job.model.config, job.settings, job.train
+    name = str(job.dtype).removeprefix("torch.")
+    total = sum(p.numel() for p in job.model.parameters())
+    trained = sum(p.numel() for p in job.trainer.parameters)
+    left = f", {train.cut} cut at {train.max_length} tokens" if train.cut else ""
+    left += f", {train.dropped} left out (nothing to learn in them)" if train.dropped else ""
+    lines = [
+        f"minimind {job.command}",
+        f"  device      {job.device}{gpu or cpu}",
+        f"  dtype       {name}"
+        + ("" if job.dtype == weights else f" products, {str(weights)[6:]} weights"),
+        f"  base        {settings.base or ('shipped' if job.lora else 'random')} "
+        f"(dim {config.dim}, {config.n_layers} layers{', MoE' if config.use_moe else ''})",
+        f"  data        {settings.data}: {len(train):,} conversations, "
+        f"{sum(train.lengths):,} tokens{left}",
+        f"  held out    {len(job.heldout) if job.heldout else 'nothing (fewer than 20 samples)'}",
+        f"  steps       {job.trainer.total_steps:,} ({settings.epochs} epochs)",
+    ]
+    if job.lora:
+        first = job.model.get_submodule(job.adapted[0])
+        lines.insert(3, f"  path        {explain(first)}")
+        lines += [f"apply lora on module: {name}" for name in job.adapted]
+        lines.append(
+            f"parameters: {total:,} in all, {trained:,} of them LoRA ({trained / total:.2%})"
+        )
+    else:
+        lines.append(f"parameters: {total:,}, all trained")
+    return "\n".join(lines)
+
+
+def closing(job: Job) -> str:
+    """Where the results are and what to do next, as text."""
+    if not job.lora:
+        files = f"model.safetensors, config.json, tokenizer, {RUN}, {METRICS}, {PLOT}"
+        return f"\nwrote {job.out}/: {files}\nnext:  minimind chat --base {job.out}"
+    if job.settings.base == "random":
+        return f"\nwrote {job.out}/: {ADAPTER}, for the random weights of this run alone"
+    options = f" --base {job.settings.base}" if job.settings.base else ""
+    options += f" --tokenizer {job.settings.tokenizer}" if job.settings.tokenizer else ""
+    adapter = job.out / ADAPTER
+    return (
+        f"\nwrote {job.out}/: {ADAPTER} ({adapter.stat().st_size / 1024:.0f} KiB), {RUN}, "
+        f"{METRICS}, {PLOT}\nnext:  minimind chat{options} --lora {adapter} --compare"
+    )
+
+
+def heldout_prompts(heldout: SFTDataset | None) -> tuple[list[str], list[str]]:
+    """First questions of the held-out conversations, and the answers they should get."""
+    pairs = []
+    for turns in heldout.conversations if heldout else []:
+        opening = [turn["content"] for turn in turns[:2]]
+        if [turn["role"] for turn in turns[:2]] == ["user", "assistant"]:
+            pairs.append((opening[0], opening[1]))
+    pairs = pairs[:MOST_ANSWERED]
+    return [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
+
+
+def look(job: Job, prompts: list[str], when: str) -> dict[str, Any]:
+    """Losses of the model as it is now, and its answers to ``prompts``: a Side as a dictionary."""
+    print(f"evaluating {when} training ...", flush=True)
+
+    def loss(dataset: SFTDataset | None) -> float | None:
+        return evaluate(job.model, dataset, job.device, job.dtype) if dataset else None
+
+    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    answers = answer(job.model, job.tokenizer, conversations) if prompts else []
+    return asdict(Side(loss(job.heldout), loss(job.base_heldout), answers))
+
+
+def _losses(side: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in side.items() if name.endswith("loss")}
+
+
+def resolved(job: Job) -> dict[str, Any]:
+    """The settings as they came out, and what they ran on."""
+    return {
+        "command": job.command,
+        "settings": asdict(job.settings),
+        "device": str(job.device),
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "adapted": job.adapted,
+        "steps": job.trainer.total_steps,
+        "versions": {
+            "lora_kernels": lora_kernels.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` to ``path``, whole or not at all."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def save_weights(job: Job) -> None:
+    """Write what was trained: the adapter alone, or the model with its tokenizer."""
+    if job.lora:
+        save_lora(job.model, job.out / ADAPTER)
+    else:
+        save_model(job.model, job.out, torch.bfloat16)
+        job.tokenizer.save_pretrained(str(job.out))
+
+
+def save_resume_point(job: Job, before: dict[str, Any]) -> None:
+    """Write all that an unbroken continuation needs."""
+    weights = lora_state_dict(job.model) if job.lora else job.model.state_dict()
+    state = {"weights": weights, "trainer": job.trainer.state_dict(), "before": before}
+    write_atomically(job.out / RESUME, lambda temporary: torch.save(state, temporary))

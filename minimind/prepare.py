@@ -1,0 +1,257 @@
+"""Read and check all that a run needs, before anything is written: options in, a `Job` out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_kernels import apply_lora, lora_parameters, mark_only_lora_as_trainable
+
+from .checkpoint import load_model
+from .config import LMConfig
+from .data import DATA_DIRECTORY, Conversation, SFTDataset, find_data, read_conversations
+from .model import MiniMindLM
+from .settings import Settings
+from .tokenizer import load_tokenizer
+from .training import DTYPES, Trainer, best_dtype
+
+BASE_DIRECTORY = Path(__file__).parent / "assets" / "base"
+ADAPTER, RESUME, RUN = "adapter.safetensors", "resume.pt", "run.json"
+MOST_HELDOUT = 200
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message says why and what to do instead."""
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn the errors that bad input raises into UsageError; bugs elsewhere keep a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+@dataclass
+class Job:
+    """A run that is ready to start."""
+
+    settings: Settings
+    lora: bool
+    model: MiniMindLM
+    tokenizer: Any
+    train: SFTDataset
+    heldout: SFTDataset | None
+    base_heldout: SFTDataset | None
+    device: torch.device
+    dtype: torch.dtype
+    adapted: list[str]
+    trainer: Trainer
+    out: Path
+    resumed: dict[str, Any] | None
+
+    @property
+    def command(self) -> str:
+        """The subcommand that this is a run of."""
+        return "finetune" if self.lora else "sft"
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the GPU if torch sees one.
+
+    Raises:
+        ValueError: an unknown device, or one that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there are {torch.cuda.device_count()} CUDA GPUs, no {name!r}")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the hardware has it, else float32.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name == "auto":
+        return best_dtype(device)
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}; got {name!r}")
+    return DTYPES[name]
+
+
+def load_base(settings: Settings) -> tuple[MiniMindLM, Any]:
+    """The model to start from, in float32, and its tokenizer.
+
+    Raises:
+        ValueError, OSError: it cannot be read, or the tokenizer's ids exceed its vocabulary.
+    """
+    sizes = {"dim": settings.dim, "n_layers": settings.n_layers}
+    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    if settings.use_moe:
+        given["use_moe"] = True
+    path = None
+    if settings.base == "random":
+        torch.manual_seed(settings.seed)
+        model = MiniMindLM(LMConfig(**{"dim": 512, "n_layers": 2, **given}))
+    else:
+        path = BASE_DIRECTORY if settings.base is None else Path(settings.base)
+        config = LMConfig(**given) if given and path.is_file() else None
+        model = load_model(path, config)
+        for name, wanted in given.items():
+            if getattr(model.config, name) != wanted:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {wanted} does not fit the base {path}, which has "
+                    f"{getattr(model.config, name)}; leave the option out, or use --base random"
+                )
+    own = path is not None and (path / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(settings.tokenizer or (path if own else None))
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} entries, the model's vocabulary only "
+            f"{model.config.vocab_size}; use the tokenizer that belongs to the model (--tokenizer)"
+        )
+    return model, tokenizer
+
+
+def parse_targets(targets: str | None) -> list[str] | str | None:
+    """``--targets`` as `apply_lora` takes it: names and endings become a list."""
+    if targets is None or targets == "all-linear":
+        return targets
+    names = [name.strip() for name in targets.split(",")]
+    plain = all(name and name.replace(".", "").replace("_", "").isalnum() for name in names)
+    return names if plain else targets
+
+
+def split(data: str, seed: int) -> tuple[list[Conversation], list[Conversation]]:
+    """Training and held-out conversations of ``data``.
+
+    ``X.heldout.jsonl`` beside ``X.jsonl`` is the held-out split; without one, a tenth (at most
+    200) is drawn from the data, and none from fewer than 20.
+    """
+    path = find_data(data)
+    conversations = read_conversations(path)
+    beside = path.with_name(f"{path.stem}.heldout{path.suffix}")
+    if beside.is_file():
+        return conversations, read_conversations(beside)
+    if len(conversations) < 20:
+        return conversations, []
+    count = min(MOST_HELDOUT, len(conversations) // 10)
+    out = set(random.Random(seed).sample(range(len(conversations)), count))
+    train = [c for i, c in enumerate(conversations) if i not in out]
+    return train, [conversations[i] for i in sorted(out)]
+
+
+def prepare(settings: Settings, lora: bool, resume: str | None = None) -> Job:
+    """Read and check everything, put LoRA into the model, and make (or take up) the output.
+
+    Raises:
+        UsageError: something of the user's is wrong; nothing has been written then.
+    """
+    with user_errors():
+        resumed = None
+        if resume is not None:
+            settings, resumed = _read_resume(Path(resume), lora)
+        device = choose_device(settings.device)
+        dtype = choose_dtype(settings.dtype, device)
+        training = settings.training()
+        model, tokenizer = load_base(settings)
+        max_length = min(settings.max_length, model.config.max_seq_len)
+        train_set, heldout_set = split(settings.data, settings.seed)
+        train = SFTDataset(train_set, tokenizer, max_length)
+        heldout = SFTDataset(heldout_set, tokenizer, max_length) if heldout_set else None
+        base_heldout = None
+        if lora and settings.base is None and settings.data != "base":
+            others = read_conversations(DATA_DIRECTORY / "base.heldout.jsonl")
+            base_heldout = SFTDataset(others, tokenizer, max_length)
+        torch.manual_seed(settings.seed)
+        adapted: list[str] = []
+        if lora:
+            adapted = apply_lora(
+                model,
+                settings.rank,
+                alpha=settings.alpha,
+                dropout=settings.dropout,
+                target_modules=parse_targets(settings.targets),
+                verbose=False,
+            )
+            mark_only_lora_as_trainable(model)
+        model.to(device)  # type: ignore[arg-type]
+        parameters = lora_parameters(model) if lora else list(model.parameters())
+        trainer = Trainer(model, parameters, train, training, device, dtype)
+        if resumed is not None:
+            model.load_state_dict(resumed["weights"], strict=not lora)
+            trainer.load_state_dict(resumed["trainer"])
+        out = _output_directory(settings, resume)
+    return Job(
+        settings, lora, model, tokenizer, train, heldout, base_heldout, device, dtype, adapted,
+        trainer, out, resumed,
+    )  # fmt: skip
+
+
+def new_directory(path: str) -> Path:
+    """``path``, if nothing is there yet.
+
+    Raises:
+        ValueError: it is a file or a directory with something in it.
+    """
+    out = Path(path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "holds another run" if (out / RUN).exists() else "exists and is not empty"
+        raise ValueError(
+            f"the output directory {out} {what}; nothing was overwritten. Choose another --out"
+            + (", or go on with an unfinished run by --resume" if (out / RESUME).exists() else "")
+        )
+    return out
+
+
+def _output_directory(settings: Settings, resume: str | None) -> Path:
+    if resume is not None:
+        return Path(resume)
+    if settings.out is not None:
+        return new_directory(settings.out)
+    name = Path(settings.data).stem
+    return next(p for n in range(1, 10**6) if not (p := Path("out") / f"{name}-{n}").exists())
+
+
+def _read_resume(directory: Path, lora: bool) -> tuple[Settings, dict[str, Any]]:
+    for name in (RUN, RESUME):
+        if not (directory / name).is_file():
+            finished = (directory / ADAPTER).exists() or (directory / "model.safetensors").exists()
+            raise ValueError(
+                f"{directory} has no {name}, there is nothing to resume"
+                + ("; that run is finished" if finished else "; check the path")
+            )
+    command = "finetune" if lora else "sft"
+    known = {f.name for f in fields(Settings)}
+    try:
+        run = json.loads((directory / RUN).read_text(encoding="utf-8"))
+        settings = Settings(**{k: v for k, v in run["settings"].items() if k in known})
+        state = torch.load(directory / RESUME, map_location="cpu", weights_only=True)
+        begun = run["command"]
+        state = {name: state[name] for name in ("weights", "trainer", "before")}
+    except Exception as error:  # torch.load raises anything at all on damaged files
+        raise ValueError(
+            f"the run in {directory} cannot be resumed, {RUN} or {RESUME} is damaged: {error!r}"
+        ) from None
+    if begun != command:
+        raise ValueError(f"{directory} holds a run of `minimind {begun}`; resume it with that")
+    return settings, state

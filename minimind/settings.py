@@ -1,0 +1,153 @@
+"""The options of `minimind finetune` and `minimind sft`, said once: type, default and help.
+
+No torch here, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train; every number is checked on construction.
+
+    Args:
+        epochs: passes over the data.
+        batch_size: samples a batch.
+        lr: peak learning rate.
+        warmup_steps: optimizer steps of linear warm-up before the cosine.
+        accumulation_steps: batches an optimizer step; the last window of an epoch may be shorter.
+        grad_clip: largest norm of the gradient; 0 turns clipping off.
+        log_interval: optimizer steps between two log records.
+        save_interval: optimizer steps between two resume points; 0 saves at the end only.
+        seed: order of the samples, dropout and initial values.
+        num_workers: data-loading processes; 0 loads in this one.
+    """
+
+    epochs: int = 5
+    batch_size: int = 16
+    lr: float = 5e-4
+    warmup_steps: int = 0
+    accumulation_steps: int = 1
+    grad_clip: float = 1.0
+    log_interval: int = 10
+    save_interval: int = 0
+    seed: int = 0
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name, lowest in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("warmup_steps", 0),
+            ("accumulation_steps", 1),
+            ("log_interval", 1),
+            ("save_interval", 0),
+            ("seed", 0),
+            ("num_workers", 0),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < lowest:
+                raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr must be a positive number, got {self.lr}; try 5e-4")
+        if not (math.isfinite(self.grad_clip) and self.grad_clip >= 0):
+            raise ValueError(f"grad_clip must be 0 (off) or positive, got {self.grad_clip}; try 1")
+
+
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run; written to its output directory as ``config.json``."""
+
+    data: str = _option(
+        "identity", "training conversations: a .jsonl file, or a shipped set: base, identity, tea"
+    )
+    out: str | None = _option(None, "directory for results (default: the next free out/NAME-N)")
+    base: str | None = _option(
+        None,
+        "model to start from: a directory or a weight file; 'random' for fresh weights "
+        "(default: finetune takes the shipped model, sft starts from random)",
+    )
+    tokenizer: str | None = _option(
+        None, "directory of the tokenizer (default: the base's own if it has one, else the shipped)"
+    )
+    epochs: int = _option(5, "passes over the data")
+    batch_size: int = _option(16, "conversations a batch")
+    lr: float = _option(5e-4, "peak learning rate")
+    warmup_steps: int = _option(0, "optimizer steps of linear warm-up")
+    accumulation_steps: int = _option(1, "batches an optimizer step")
+    grad_clip: float = _option(1.0, "largest norm of the gradient, 0 for none")
+    max_length: int = _option(512, "tokens a conversation; longer ones are cut")
+    dim: int | None = _option(
+        None, "width of a random base (default: 512), or what the base must have"
+    )
+    n_layers: int | None = _option(
+        None, "layers of a random base (default: 2), or what the base must have"
+    )
+    use_moe: bool = _option(False, "make a random base a mixture of experts")
+    rank: int = _option(16, "LoRA rank", lora=True)
+    alpha: float | None = _option(
+        None, "LoRA alpha; the branch is scaled by alpha/rank (default: scale 1)", lora=True
+    )
+    dropout: float = _option(0.0, "dropout on the LoRA branch's input", lora=True)
+    targets: str | None = _option(
+        None,
+        "modules to adapt: names or endings with commas between (wq,wv), all-linear, or a regular "
+        "expression (default: the square linears)",
+        lora=True,
+    )
+    device: str = _option("auto", "cpu, cuda, or auto")
+    dtype: str = _option("auto", "precision of the products: float32, bfloat16, float16, or auto")
+    num_workers: int = _option(0, "processes that load data")
+    log_interval: int = _option(10, "optimizer steps between records in metrics.jsonl")
+    save_interval: int = _option(100, "optimizer steps between resume points, 0 for none")
+    seed: int = _option(42, "seed of weights, order and dropout")
+
+    def training(self) -> TrainingConfig:
+        """The part that the training loop reads."""
+        names = {f.name for f in fields(TrainingConfig)}
+        return TrainingConfig(**{k: v for k, v in asdict(self).items() if k in names})
+
+
+FINETUNE_DEFAULTS: dict[str, Any] = {}
+# The recipe of the shipped base model.
+SFT_DEFAULTS: dict[str, Any] = {
+    "base": "random",
+    "data": "base",
+    "epochs": 8,
+    "batch_size": 16,
+    "lr": 1e-3,
+    "warmup_steps": 50,
+    "save_interval": 460,
+}
+_PARSERS = {"str": str, "int": int, "float": float}
+
+
+def add_options(parser: argparse.ArgumentParser, lora: bool, defaults: dict[str, Any]) -> None:
+    """Give ``parser`` an option for each field; those not given stay out of the namespace."""
+    for option in fields(Settings):
+        if option.metadata.get("lora") and not lora:
+            continue
+        flag = "--" + option.name.replace("_", "-")
+        default = defaults.get(option.name, option.default)
+        text = option.metadata["help"].replace("%", "%%")
+        kind = str(option.type).split(" |")[0]
+        if kind == "bool":
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
+        if default is not None:
+            text += f" (default: {default})"
+        parser.add_argument(flag, type=_PARSERS[kind], default=argparse.SUPPRESS, help=text)
+    parser.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="go on with the unfinished run in DIR, with the settings it was started with",
+    )

@@ -1,0 +1,1 @@
+"""The project's own text, in English and Chinese, and the script that makes data of it."""

@@ -1,0 +1,261 @@
+"""The one training loop: schedule, accumulation, clipping, mixed precision, resume points.
+
+It knows nothing of LoRA: which parameters learn, and what is saved, are arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .data import LengthGroupedBatches, SFTDataset
+from .settings import TrainingConfig
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class TrainingError(ValueError):
+    """Training cannot go on; the message says why and what to change."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one optimizer step tells: means over the step's supervised tokens."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    loss: float
+    aux_loss: float
+    lr: float
+    tokens: int
+    seconds: float
+
+
+def learning_rate(step: int, total_steps: int, lr: float, warmup_steps: int = 0) -> float:
+    """MiniMind's cosine: from ``1.1·lr`` down to ``lr/10`` at ``total_steps``.
+
+    Args:
+        step: optimizer steps done with this one, from 1.
+        total_steps: steps of the whole run.
+        lr: peak rate; the first step of a long run takes 1.1 times as much, as MiniMind's does.
+        warmup_steps: the curve is multiplied by ``step / warmup_steps`` up to there.
+    """
+    cosine = lr / 10 + lr / 2 * (1 + math.cos(math.pi * step / total_steps))
+    return cosine * min(1.0, step / warmup_steps) if warmup_steps else cosine
+
+
+def steps_per_epoch(dataset: SFTDataset, config: TrainingConfig) -> int:
+    """Optimizer steps an epoch, the shorter window at its end included."""
+    batches = math.ceil(len(dataset) / config.batch_size)
+    return math.ceil(batches / config.accumulation_steps)
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it faster than float32, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cpu":
+        # Conversions without instructions for it cost more than they save.
+        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        if any(flags.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+            return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Mixed precision in ``dtype``; nothing for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def make_loader(
+    dataset: SFTDataset, batches: LengthGroupedBatches, num_workers: int = 0
+) -> DataLoader[Any]:
+    """Batches ``(X, Y, loss_mask)``, ``[B, longest]`` int64 each."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # of its own: the loader would draw from the global one
+    )
+
+
+class Trainer:
+    """The loop and everything that a resume point must hold.
+
+    Args:
+        model: called with ``(X, labels=Y, loss_mask=…)``, gives ``.loss`` (mean over supervised
+            tokens) and ``.aux_loss``; already on ``device``.
+        parameters: what AdamW updates.
+        dataset: the samples.
+        config: how.
+        device, dtype: where, and the autocast dtype (float32: none). float16 scales the loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        dataset: SFTDataset,
+        config: TrainingConfig,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model, self.parameters, self.config = model, list(parameters), config
+        self.device, self.dtype = device, dtype
+        self.batches = LengthGroupedBatches(dataset.lengths, config.batch_size, config.seed)
+        self.loader = make_loader(dataset, self.batches, config.num_workers)
+        self.steps_per_epoch = steps_per_epoch(dataset, config)
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.step = 0
+
+    def run(self, after_step: Callable[[Progress], None] | None = None) -> None:
+        """Train from the current step to the end, calling ``after_step`` after each.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        self.model.train()
+        first_epoch, done = divmod(self.step, self.steps_per_epoch)
+        for epoch in range(first_epoch, self.config.epochs):
+            self.batches.set_epoch(epoch)
+            for index, window in enumerate(self._windows()):
+                if epoch == first_epoch and index < done:
+                    continue
+                progress = self._step(window, epoch)
+                if after_step is not None:
+                    after_step(progress)
+
+    def _windows(self) -> Iterator[list[list[Tensor]]]:
+        window: list[list[Tensor]] = []
+        for batch in self.loader:
+            window.append(batch)
+            if len(window) == self.config.accumulation_steps:
+                yield window
+                window = []
+        if window:
+            yield window
+
+    def _step(self, window: list[list[Tensor]], epoch: int) -> Progress:
+        start = time.perf_counter()
+        lr = learning_rate(
+            self.step + 1, self.total_steps, self.config.lr, self.config.warmup_steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # The mean over the tokens of the window, whatever their share of each batch.
+        supervised = sum(int(mask[:, 1:].sum()) for _, _, mask in window)
+        loss = torch.zeros((), device=self.device)
+        aux_loss = torch.zeros((), device=self.device)
+        for x, y, mask in window:
+            share = int(mask[:, 1:].sum()) / supervised
+            x, y, mask = (t.to(self.device, non_blocking=True) for t in (x, y, mask))
+            with autocast(self.device, self.dtype):
+                output = self.model(x, labels=y, loss_mask=mask)
+                part = output.loss * share
+                aux_part = output.aux_loss / len(window)
+            self.scaler.scale(part + aux_part).backward()
+            loss += part.detach()
+            aux_loss += aux_part.detach()
+        if not math.isfinite(mean_loss := loss.item()):
+            raise TrainingError(
+                f"the loss is {mean_loss} at step {self.step + 1}; lower lr (now "
+                f"{self.config.lr:g}), clip harder, or use float32"
+            )
+        self.scaler.unscale_(self.optimizer)
+        if self.config.grad_clip:
+            nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return Progress(
+            step=self.step,
+            total_steps=self.total_steps,
+            epoch=epoch + 1,
+            loss=mean_loss,
+            aux_loss=aux_loss.item(),
+            lr=lr,
+            tokens=sum(x.numel() for x, _, _ in window),
+            seconds=time.perf_counter() - start,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that, with the parameters, makes a resumed run equal an unbroken one."""
+        state: dict[str, Any] = {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a run where `state_dict` left it.
+
+        Raises:
+            TrainingError: the state is of a run with another number of steps.
+        """
+        if state["total_steps"] != self.total_steps:
+            raise TrainingError(
+                f"the resume point is of a run of {state['total_steps']} steps, this one has "
+                f"{self.total_steps}; resume with the same data and settings"
+            )
+        self.step = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        if "cuda_rng" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    dataset: SFTDataset,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 32,
+) -> float:
+    """Mean cross entropy per supervised token of ``dataset``, in nats; leaves the mode as it was.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    training = model.training
+    model.eval()
+    order = sorted(range(len(dataset)), key=dataset.lengths.__getitem__)
+    total, count = 0.0, 0
+    try:
+        for start in range(0, len(order), batch_size):
+            batch = dataset.__getitems__(order[start : start + batch_size])
+            x, y, mask = (torch.stack(t).to(device) for t in zip(*batch, strict=True))
+            tokens = int(mask[:, 1:].sum())
+            with autocast(device, dtype):
+                total += model(x, labels=y, loss_mask=mask).loss.item() * tokens
+            count += tokens
+    finally:
+        model.train(training)
+    if not math.isfinite(total):
+        raise TrainingError("the model's loss is not finite; its weights may be damaged")
+    return total / count
