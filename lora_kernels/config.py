@@ -125,7 +125,7 @@ class LoRAConfig:
                     f"{argument} must map module names to numbers, got {type(pattern).__name__}"
                 )
             for key, value in pattern.items():
-                _compiled(key, argument)
+                _compiled(key, argument, _ENDING)
                 check(value, f"{argument}[{key!r}]")
             object.__setattr__(self, argument, dict(pattern))
 
@@ -139,16 +139,22 @@ class LoRAConfig:
         )
 
 
+# How a key of rank_pattern or alpha_pattern is matched.
+_ENDING = r"(.*\.)?({})$"
+
+
+def ends_in(key: str, name: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern matches the module called ``name``."""
+    return re.match(_ENDING.format(key), name) is not None
+
+
 def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
+    return next((value for key, value in pattern.items() if ends_in(key, name)), default)
 
 
-def _compiled(expression: Any, argument: str) -> re.Pattern[str]:
+def _compiled(expression: Any, argument: str, around: str = "{}") -> re.Pattern[str]:
     try:
-        return re.compile(expression)
+        return re.compile(around.format(expression))
     except (re.error, TypeError) as error:
         raise ValueError(
             f"{argument} holds {expression!r}, which is not a regular expression: {error}"
@@ -162,7 +168,7 @@ def _names(value: Any, argument: str) -> tuple[str, ...] | str | None:
         _compiled(value, argument)
         return value
     if not isinstance(value, (list, tuple, set, frozenset)) or not all(
-        isinstance(name, str) for name in value
+        isinstance(name, str) and name for name in value
     ):
         raise TypeError(
             f"{argument} must be None, a string, or a list of module names, got {value!r}"

@@ -70,6 +70,8 @@ def use_backend(backend: str) -> Iterator[None]:
 def explain(module_or_tensors: nn.Module | Tensor | tuple[Any, ...] | list[Any]) -> str:
     """Say which path a call would take and why, as ``"<backend>: <reason>"``.
 
+    Where `use_backend` asked for what cannot serve the call, the backend is ``none``.
+
     Args:
         module_or_tensors: a module (its first floating-point parameter stands for its input), a
             tensor, or the arguments of `lora_linear` in order, beginning with x.
@@ -94,5 +96,8 @@ def explain(module_or_tensors: nn.Module | Tensor | tuple[Any, ...] | list[Any])
         raise TypeError(
             f"module_or_tensors must be a module, a tensor or a tuple of tensors, got {type(x)}"
         )
-    choice = choose(x)
+    try:
+        choice = choose(x)
+    except RuntimeError as refusal:
+        return f"none: {refusal}"
     return f"{choice.backend}: {choice.reason}"

@@ -44,7 +44,8 @@ def chat(options: argparse.Namespace) -> None:
             raise ValueError(f"max-new-tokens must be at least 1, got {options.max_new_tokens}")
     speaker = _Speaker(model, tokenizer, options.lora is not None, options.compare, sampling)
     if options.prompt is not None:
-        speaker.reply(_say(options.prompt))
+        with user_errors():
+            speaker.reply(_say(options.prompt))
         return
     print(_HELP if options.lora else _HELP.replace("/lora switches the adapter on and off, ", ""))
     history: Conversation = []
@@ -68,7 +69,7 @@ def chat(options: argparse.Namespace) -> None:
             history += _say(message)
             try:
                 history.append({"role": "assistant", "content": speaker.reply(history)})
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 history = []
                 print(f"({error}; starting over)")
 

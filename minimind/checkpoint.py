@@ -10,7 +10,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minimind.config import LMConfig
-from minimind.model import MiniMindLM
+from lora_kernels.adapters.storage import write_atomically
+from lora_kernels.adapters.surgery import strip_wrappers
+
+from .config import LMConfig
+from .model import MiniMindLM
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 SUPPORTED_ERA = "2025-02"
 
-_WRAPPERS = frozenset({"module", "_orig_mod"})  # DistributedDataParallel's and torch.compile's
 _DERIVED = re.compile(r"(^|\.)(pos_cis|freqs_cos|freqs_sin|inv_freq|mask|causal_mask)$")
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
 _ERA_MARKS = {
@@ -168,10 +170,10 @@ def save_model(
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     text = config.to_json_string()
-    _write_atomically(
+    write_atomically(
         folder / WEIGHTS_NAME, lambda temporary: save_file(state, temporary, {"format": "pt"})
     )
-    _write_atomically(
+    write_atomically(
         folder / CONFIG_NAME, lambda temporary: temporary.write_text(text, encoding="utf-8")
     )
 
@@ -218,7 +220,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         )
     state: dict[str, Tensor] = {}
     for name, tensor in content.items():
-        bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        bare = strip_wrappers(name)
         if _DERIVED.search(bare):
             continue
         if bare in state:
@@ -367,17 +369,6 @@ def _converted(state: Mapping[str, Tensor], dtype: torch.dtype, path: Path) -> d
             "them diverged or the dtype is too narrow: take an earlier checkpoint or a wider dtype"
         )
     return {name: copies[id(tensor)] for name, tensor in state.items()}
-
-
-def _write_atomically(target: Path, write: Callable[[Path], Any]) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _some(names: Sequence[str], limit: int = 6) -> str:

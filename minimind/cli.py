@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -83,6 +84,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     # Read by the tokenizers library when worker processes fork; it warns at length without.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no Chinese shows "?"
+    try:
+        return _run(options)
+    except ModuleNotFoundError as error:
+        if error.name not in ("transformers", "tokenizers", "tqdm", "matplotlib"):
+            raise
+        print(
+            f"minimind: the package {error.name} is missing; install what this command needs with: "
+            'pip install "lora-kernels[train]"',
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
     # Here and below: torch and transformers take seconds to import, `--help` should not.
     from .prepare import UsageError
     from .training import TrainingError

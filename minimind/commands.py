@@ -10,12 +10,13 @@ import transformers
 
 import lora_kernels
 from lora_kernels import explain, load_lora, merge_lora
-from lora_kernels.adapters.storage import AdapterMismatchError, read_adapter
+from lora_kernels.adapters.storage import holds_adapter, read_adapter
 from lora_kernels.adapters.surgery import lora_layers
 
 from .checkpoint import load_model, save_model
-from .prepare import choose_device, load_base, new_directory, user_errors
+from .prepare import choose_device, load_base, unused, user_errors
 from .settings import Settings
+from .tokenizer import save_tokenizer
 from .training import DTYPES, best_dtype
 
 
@@ -30,19 +31,21 @@ def merge(options: argparse.Namespace) -> None:
             raise ValueError("merge needs an adapter; name one by --lora")
         if options.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {options.dtype!r}")
-        out = new_directory(options.out)
+        out = unused(options.out)
         model, tokenizer = load_base(Settings(base=options.base, tokenizer=options.tokenizer))
         load_lora(model, options.lora)
         deltas = {name: layer.delta_weight() for name, layer in lora_layers(model).items()}
         merged = merge_lora(model)
+        out.mkdir(parents=True, exist_ok=True)
     dtype = DTYPES[options.dtype]
     print(f"merged {len(merged)} modules in float32; what is lost by saving in {options.dtype}:")
     for name in merged:
         weight = model.get_parameter(f"{name}.weight").detach()
-        lost = (weight.to(dtype).float() - weight).norm() / deltas[name].norm()
+        size = deltas[name].norm()
+        lost = (weight.to(dtype).float() - weight).norm() / size if size else 0.0
         print(f"  {name}: {lost:.2%} of the adapter's own size")
     save_model(model, out, dtype)
-    tokenizer.save_pretrained(str(out))
+    save_tokenizer(tokenizer, out)
     print(f"wrote {out}/\nnext:  minimind chat --base {out}")
 
 
@@ -55,6 +58,8 @@ def info(options: argparse.Namespace) -> None:
     with user_errors():
         if options.path is None:
             lines = _machine()
+        elif not Path(options.path).exists():
+            raise FileNotFoundError(f"nothing at {options.path}; check the path")
         elif _is_adapter(Path(options.path)):
             lines = _adapter(Path(options.path))
         else:
@@ -76,13 +81,7 @@ def _machine() -> list[str]:
 
 
 def _is_adapter(path: Path) -> bool:
-    if path.is_dir() or path.suffix not in (".safetensors", ".pth", ".pt"):
-        return False
-    try:
-        read_adapter(path)
-    except AdapterMismatchError:
-        return False
-    return True
+    return path.suffix in (".safetensors", ".pth", ".pt") and path.is_file() and holds_adapter(path)
 
 
 def _adapter(path: Path) -> list[str]:

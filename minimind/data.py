@@ -9,6 +9,7 @@ block-diagonal mask nor position ids that start anew.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -67,10 +68,10 @@ def read_conversations(path: str | os.PathLike[str]) -> list[Conversation]:
 def _parse_line(line: str, place: str) -> Conversation:
     try:
         sample = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{place}: not JSON ({error.msg} at column {error.colno}); each line must be one "
-            'object like {"conversations": [{"role": "user", "content": "…"}, …]}'
+            f"{place}: not JSON ({error}); each line must be one object like "
+            '{"conversations": [{"role": "user", "content": "…"}, …]}'
         ) from None
     turns = sample.get("conversations") if isinstance(sample, dict) else None
     if not isinstance(turns, list) or not turns:
@@ -106,6 +107,7 @@ class SFTDataset(Dataset[Sample]):
         path: a JSON-lines file, or the conversations themselves.
         tokenizer: with a chat template, as `load_tokenizer` gives.
         max_length: samples longer than this many tokens are cut at the end, at least 2.
+        source: what error messages call conversations that did not come from a file.
 
     Items are ``(X, Y, loss_mask)``, int64 ``[length]`` each. Y equals X: nothing is shifted here,
     the loss shifts once for all. The mask is 1 on the tokens of every assistant turn and the
@@ -127,6 +129,7 @@ class SFTDataset(Dataset[Sample]):
         path: str | os.PathLike[str] | Sequence[Conversation],
         tokenizer: Any,
         max_length: int = 512,
+        source: str = "the conversations",
     ) -> None:
         if max_length < 2:
             raise ValueError(f"max_length must be at least 2 tokens, got {max_length}")
@@ -134,7 +137,7 @@ class SFTDataset(Dataset[Sample]):
             conversations: Sequence[Conversation] = read_conversations(path)
             source = str(path)
         else:
-            conversations, source = path, "the conversations"
+            conversations = path
         self.tokenizer, self.max_length = tokenizer, max_length
         self.pad_token_id = tokenizer.pad_token_id or 0
         self.samples: list[tuple[Tensor, Tensor]] = []
@@ -153,12 +156,19 @@ class SFTDataset(Dataset[Sample]):
         if not self.samples:
             raise DataError(
                 f"{source}: none of {len(conversations)} samples has an assistant's word within "
-                f"{max_length} tokens; raise max_length or add assistant turns"
+                f"{max_length} tokens; raise max_length (--max-length) or add assistant turns"
             )
         self.lengths = [len(ids) for ids, _ in self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def fingerprint(self) -> str:
+        """A hash of all tokens and masks, in order."""
+        digest = hashlib.sha256()
+        for ids, mask in self.samples:
+            digest.update(ids.numpy().tobytes() + mask.numpy().tobytes())
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> Sample:
         ids, mask = self.samples[index]
@@ -215,40 +225,46 @@ class LengthGroupedBatches:
 def _encode(
     conversations: Sequence[Conversation], tokenizer: Any
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Token ids and mask of each conversation, a few hundred at a time."""
+    """Token ids and mask of each conversation, a few hundred at a time.
+
+    The text is cut where the assistant begins and ends, and each piece is tokenised on its own, as
+    it is in generation: no token reaches across.
+    """
     for start in range(0, len(conversations), 512):
         marked = [_render(c, tokenizer) for c in conversations[start : start + 512]]
-        encoded = tokenizer(
-            [text for text, _ in marked], add_special_tokens=False, return_offsets_mapping=True
-        )
-        for (_, spans), ids, offsets in zip(
-            marked, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            yield ids, [int(any(a <= s < e <= b for a, b in spans)) for s, e in offsets]
+        texts = [text for pieces in marked for text, _ in pieces]
+        encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+        for pieces in marked:
+            ids: list[int] = []
+            mask: list[int] = []
+            for _, supervised in pieces:
+                piece = next(encoded)
+                ids += piece
+                mask += [int(supervised)] * len(piece)
+            yield ids, mask
 
 
-def _render(conversation: Conversation, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The chat template's text, and where in it the assistant speaks, end mark included."""
+def _render(conversation: Conversation, tokenizer: Any) -> list[tuple[str, bool]]:
+    """The chat template's text in pieces: what the assistant says, end mark included, or not."""
 
     def render(turns: Conversation, prompt: bool = False) -> str:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
 
     text = render(conversation)
-    spans = []
+    pieces, done = [], 0
     for index, turn in enumerate(conversation):
         if turn["role"] != "assistant":
             continue
-        before = render(conversation[:index], prompt=True) if index else _opening(text, turn)
+        if index:
+            before = render(conversation[:index], prompt=True)
+        else:  # templates need not render an empty conversation; a private-use character stands in
+            before = render([{**turn, "content": "\ue000"}]).partition("\ue000")[0]
         after = render(conversation[: index + 1]).rstrip()
         if not (text.startswith(before) and text.startswith(after)):
             raise ValueError(
                 "the tokenizer's chat template writes earlier turns differently once later ones "
                 "follow, so the assistant's words cannot be found; use a template that does not"
             )
-        spans.append((len(before), len(after)))
-    return text, spans
-
-
-def _opening(text: str, turn: dict[str, str]) -> str:
-    """What comes before the content of an assistant's turn that opens the conversation."""
-    return text[: text.index(turn["content"])]
+        pieces += [(text[done : len(before)], False), (text[len(before) : len(after)], True)]
+        done = len(after)
+    return [*pieces, (text[done:], False)]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
+import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,6 +25,7 @@ from .data import SFTDataset
 from .generate import answer
 from .prepare import ADAPTER, RESUME, RUN, Job
 from .report import ANSWERS, METRICS, PLOT, Report, Side, append, compare, plot_loss, read_metrics
+from .tokenizer import save_tokenizer
 from .training import Progress, evaluate
 
 MOST_ANSWERED = 100
@@ -34,8 +40,12 @@ def run(job: Job) -> None:
     """
     print(describe(job), flush=True)
     prompts, expected = heldout_prompts(job.heldout)
-    before = job.resumed["before"] if job.resumed else look(job, prompts, "before")
-    job.out.mkdir(parents=True, exist_ok=True)
+    try:
+        before = job.resumed["before"] if job.resumed else look(job, prompts, "before")
+    except BaseException:
+        with contextlib.suppress(OSError):
+            job.out.rmdir()  # still empty: nobody need clean up after a run that never began
+        raise
     write_json(job.out / RUN, resolved(job))
     metrics = job.out / METRICS
     if not job.resumed:
@@ -43,15 +53,21 @@ def run(job: Job) -> None:
     every, trainer = job.settings.save_interval, job.trainer
     report = Report(job.out, trainer.step, trainer.total_steps, job.settings.log_interval)
 
-    def after_step(progress: Progress) -> None:
-        report.step(progress)
-        if every and progress.step % every == 0:
-            save_resume_point(job, before)
-
     try:
-        with report:
+        with report, deferred_interrupt() as interrupted:
+
+            def after_step(progress: Progress) -> None:
+                report.step(progress)
+                if every and progress.step % every == 0:
+                    save_resume_point(job, before)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+
             trainer.run(after_step)
     except KeyboardInterrupt:
+        if trainer.updating:
+            print("\nstopped within a step; the last resume point, if there is one, stands")
+            raise
         save_resume_point(job, before)
         print(f"\nstopped; go on with: minimind {job.command} --resume {job.out}")
         raise
@@ -68,6 +84,28 @@ def run(job: Job) -> None:
     print("\nbefore -> after")
     print(compare(Side(**before), Side(**after), prompts, expected))
     print(closing(job))
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Note the first Ctrl-C instead of raising, so that no optimizer step is cut in two.
+
+    The second one raises at once.
+    """
+    noted = threading.Event()
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        noted.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield noted  # only the main thread may set handlers, and only it gets Ctrl-C
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def describe(job: Job) -> str:
@@ -169,7 +207,7 @@ def resolved(job: Job) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` to ``path``, whole or not at all."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save_weights(job: Job) -> None:
@@ -178,7 +216,7 @@ def save_weights(job: Job) -> None:
         save_lora(job.model, job.out / ADAPTER)
     else:
         save_model(job.model, job.out, torch.bfloat16)
-        job.tokenizer.save_pretrained(str(job.out))
+        save_tokenizer(job.tokenizer, job.out)
 
 
 def save_resume_point(job: Job, before: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from minimind.config import LMConfig
+from .config import LMConfig
 
 INIT_STD = 0.02
 IGNORED_LABEL = -100

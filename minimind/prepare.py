@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -12,7 +13,12 @@ from typing import Any
 
 import torch
 
-from lora_kernels import apply_lora, lora_parameters, mark_only_lora_as_trainable
+from lora_kernels import (
+    apply_lora,
+    lora_parameters,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+)
 
 from .checkpoint import load_model
 from .config import LMConfig
@@ -114,16 +120,16 @@ def load_base(settings: Settings) -> tuple[MiniMindLM, Any]:
         model = MiniMindLM(LMConfig(**{"dim": 512, "n_layers": 2, **given}))
     else:
         path = BASE_DIRECTORY if settings.base is None else Path(settings.base)
-        config = LMConfig(**given) if given and path.is_file() else None
-        model = load_model(path, config)
+        model = load_model(path)
         for name, wanted in given.items():
             if getattr(model.config, name) != wanted:
                 raise ValueError(
                     f"--{name.replace('_', '-')} {wanted} does not fit the base {path}, which has "
                     f"{getattr(model.config, name)}; leave the option out, or use --base random"
                 )
-    own = path is not None and (path / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(settings.tokenizer or (path if own else None))
+    folder = path.parent if path is not None and path.is_file() else path
+    own = folder is not None and (folder / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(settings.tokenizer or (folder if own else None))
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries, the model's vocabulary only "
@@ -152,10 +158,13 @@ def split(data: str, seed: int) -> tuple[list[Conversation], list[Conversation]]
     beside = path.with_name(f"{path.stem}.heldout{path.suffix}")
     if beside.is_file():
         return conversations, read_conversations(beside)
-    if len(conversations) < 20:
+    answered = [
+        i for i, c in enumerate(conversations) if any(turn["role"] == "assistant" for turn in c)
+    ]
+    if len(answered) < 20:
         return conversations, []
-    count = min(MOST_HELDOUT, len(conversations) // 10)
-    out = set(random.Random(seed).sample(range(len(conversations)), count))
+    count = min(MOST_HELDOUT, len(answered) // 10)
+    out = set(random.Random(seed).sample(answered, count))
     train = [c for i, c in enumerate(conversations) if i not in out]
     return train, [conversations[i] for i in sorted(out)]
 
@@ -170,14 +179,20 @@ def prepare(settings: Settings, lora: bool, resume: str | None = None) -> Job:
         resumed = None
         if resume is not None:
             settings, resumed = _read_resume(Path(resume), lora)
+        elif settings.out is not None:
+            unused(settings.out)  # said at once, not after the model has been read
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, device)
         training = settings.training()
         model, tokenizer = load_base(settings)
         max_length = min(settings.max_length, model.config.max_seq_len)
         train_set, heldout_set = split(settings.data, settings.seed)
-        train = SFTDataset(train_set, tokenizer, max_length)
-        heldout = SFTDataset(heldout_set, tokenizer, max_length) if heldout_set else None
+        train = SFTDataset(train_set, tokenizer, max_length, settings.data)
+        heldout = None
+        if heldout_set:
+            heldout = SFTDataset(
+                heldout_set, tokenizer, max_length, f"the held-out split of {settings.data}"
+            )
         base_heldout = None
         if lora and settings.base is None and settings.data != "base":
             others = read_conversations(DATA_DIRECTORY / "base.heldout.jsonl")
@@ -198,17 +213,16 @@ def prepare(settings: Settings, lora: bool, resume: str | None = None) -> Job:
         parameters = lora_parameters(model) if lora else list(model.parameters())
         trainer = Trainer(model, parameters, train, training, device, dtype)
         if resumed is not None:
-            model.load_state_dict(resumed["weights"], strict=not lora)
-            trainer.load_state_dict(resumed["trainer"])
-        out = _output_directory(settings, resume)
+            _take_up(trainer, model, resumed, lora)
+        out = Path(resume) if resume is not None else _claim_directory(settings)
     return Job(
         settings, lora, model, tokenizer, train, heldout, base_heldout, device, dtype, adapted,
         trainer, out, resumed,
     )  # fmt: skip
 
 
-def new_directory(path: str) -> Path:
-    """``path``, if nothing is there yet.
+def unused(path: str) -> Path:
+    """``path``, if nothing is there yet but perhaps an empty directory.
 
     Raises:
         ValueError: it is a file or a directory with something in it.
@@ -223,13 +237,29 @@ def new_directory(path: str) -> Path:
     return out
 
 
-def _output_directory(settings: Settings, resume: str | None) -> Path:
-    if resume is not None:
-        return Path(resume)
+def _claim_directory(settings: Settings) -> Path:
+    """``--out``, or the first ``out/NAME-N`` that nobody else has: made here, so it stays ours."""
     if settings.out is not None:
-        return new_directory(settings.out)
-    name = Path(settings.data).stem
-    return next(p for n in range(1, 10**6) if not (p := Path("out") / f"{name}-{n}").exists())
+        out = unused(settings.out)
+        out.mkdir(parents=True, exist_ok=True)
+        return out
+    for number in itertools.count(1):
+        out = Path("out") / f"{Path(settings.data).stem}-{number}"
+        with contextlib.suppress(FileExistsError):
+            out.mkdir(parents=True)
+            break
+    return out
+
+
+def _take_up(trainer: Trainer, model: MiniMindLM, state: dict[str, Any], lora: bool) -> None:
+    expected = lora_state_dict(model) if lora else model.state_dict()
+    try:
+        if state["weights"].keys() != expected.keys():
+            raise ValueError("its weights are of other modules")
+        model.load_state_dict(state["weights"], strict=not lora)
+        trainer.load_state_dict(state["trainer"])
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"the run cannot be resumed: {error}") from error
 
 
 def _read_resume(directory: Path, lora: bool) -> tuple[Settings, dict[str, Any]]:

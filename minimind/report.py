@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class Report:
             desc="training",
             unit="step",
             dynamic_ncols=True,
-            mininterval=0.5,
+            mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file wants few lines
         )
 
     def __enter__(self) -> Report:
@@ -102,10 +103,16 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; of steps that a resumed run did again, the later row."""
+    """The rows of a metrics.jsonl; of steps that a resumed run did again, the later row.
+
+    A line that a dying run left unfinished is passed over.
+    """
     rows: dict[Any, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
         rows[row.get("step", row.get("event"))] = row
     return sorted(rows.values(), key=lambda row: row.get("step", 0))
 
@@ -123,7 +130,7 @@ def compare(before: Side, after: Side, prompts: Sequence[str], expected: Sequenc
         ("base set's held-out loss", before.base_heldout_loss, after.base_heldout_loss),
     ):
         if old is not None and new is not None:
-            change = f"{100 * (new / old - 1):+.1f} %"
+            change = f"{100 * (new / old - 1):+.1f} %" if old else "from nothing"
             lines.append(f"  {name:<26}{old:8.4f} -> {new:8.4f}   ({change})")
     if prompts:
         old_count, new_count = (matches(side.answers, expected) for side in (before, after))
@@ -162,8 +169,9 @@ def plot_loss(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     ):
         points = [(x, row[key]) for x, row in ends if row.get(key) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), "o--", color=color, linewidth=1, label=label)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title, ylim=(0, None))
+            axes.plot(*zip(*points, strict=True), "o", color=color, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", ylim=(0, None))
+    axes.set_title(title, parse_math=False)  # a file name may hold dollar signs
     axes.grid(alpha=0.3)
     rates = axes.twinx()
     rates.plot(

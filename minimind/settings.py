@@ -51,8 +51,10 @@ class TrainingConfig:
             ("num_workers", 0),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < lowest:
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr must be a positive number, got {self.lr}; try 5e-4")
         if not (math.isfinite(self.grad_clip) and self.grad_clip >= 0):
@@ -117,12 +119,12 @@ class Settings:
         return TrainingConfig(**{k: v for k, v in asdict(self).items() if k in names})
 
 
-FINETUNE_DEFAULTS: dict[str, Any] = {}
+FINETUNE_DEFAULTS: dict[str, Any] = {"epochs": 3, "lr": 2e-3}
 # The recipe of the shipped base model.
 SFT_DEFAULTS: dict[str, Any] = {
     "base": "random",
     "data": "base",
-    "epochs": 8,
+    "epochs": 5,
     "batch_size": 16,
     "lr": 1e-3,
     "warmup_steps": 50,

@@ -11,6 +11,7 @@ merges with it: the shipped file was made with Python 3.11.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import sys
@@ -58,7 +59,14 @@ def load_tokenizer(path: str | os.PathLike[str] | None = None) -> PreTrainedToke
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:
-        raise ValueError(f"the tokenizer files in {directory} cannot be read: {error}") from error
+        raise ValueError(
+            f"the tokenizer files in {directory} cannot be read: {error}; copy them anew"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer in {directory} has no padding token; add pad_token to its "
+            "tokenizer_config.json"
+        )
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"the tokenizer in {directory} has no chat template; add one to tokenizer_config.json"
@@ -104,8 +112,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTr
         pad_token="<unk>",
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
         model_max_length=8192,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike[str]) -> None:
+    """Write the tokenizer to ``directory`` so that transformers 4 and 5 both load it."""
+    tokenizer.save_pretrained(str(directory))
+    path = Path(directory) / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # Version 5 writes a class name that version 4 does not know; both know this one.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.pop("backend", None)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def training_texts() -> Iterator[str]:
@@ -132,5 +152,5 @@ def training_texts() -> Iterator[str]:
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1]) if len(sys.argv) > 1 else TOKENIZER_DIRECTORY
-    train_tokenizer(training_texts()).save_pretrained(str(directory))
+    save_tokenizer(train_tokenizer(training_texts()), directory)
     print(f"tokenizer of {VOCAB_SIZE} entries written to {directory}")

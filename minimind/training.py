@@ -32,7 +32,11 @@ class TrainingError(ValueError):
 
 @dataclass(frozen=True)
 class Progress:
-    """What one optimizer step tells: means over the step's supervised tokens."""
+    """What one optimizer step tells.
+
+    ``loss`` and ``aux_loss`` are means over its supervised tokens; ``tokens`` counts all that the
+    model read, padding included.
+    """
 
     step: int
     total_steps: int
@@ -117,7 +121,7 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model, self.parameters, self.config = model, list(parameters), config
-        self.device, self.dtype = device, dtype
+        self.dataset, self.device, self.dtype = dataset, device, dtype
         self.batches = LengthGroupedBatches(dataset.lengths, config.batch_size, config.seed)
         self.loader = make_loader(dataset, self.batches, config.num_workers)
         self.steps_per_epoch = steps_per_epoch(dataset, config)
@@ -125,6 +129,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.step = 0
+        self.updating = False  # while true, the parameters are between two steps
+        # Of the moment before an unfinished step, which a resumed run does again.
+        self._rng_before: dict[str, Tensor] | None = None
 
     def run(self, after_step: Callable[[Progress], None] | None = None) -> None:
         """Train from the current step to the end, calling ``after_step`` after each.
@@ -155,6 +162,7 @@ class Trainer:
 
     def _step(self, window: list[list[Tensor]], epoch: int) -> Progress:
         start = time.perf_counter()
+        self._rng_before = self._rng()
         lr = learning_rate(
             self.step + 1, self.total_steps, self.config.lr, self.config.warmup_steps
         )
@@ -174,18 +182,24 @@ class Trainer:
             self.scaler.scale(part + aux_part).backward()
             loss += part.detach()
             aux_loss += aux_part.detach()
-        if not math.isfinite(mean_loss := loss.item()):
-            raise TrainingError(
-                f"the loss is {mean_loss} at step {self.step + 1}; lower lr (now "
-                f"{self.config.lr:g}), clip harder, or use float32"
-            )
         self.scaler.unscale_(self.optimizer)
-        if self.config.grad_clip:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        limit = self.config.grad_clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self.parameters, limit).item()
+        mean_loss = loss.item()
+        # The scaler of float16 expects overflowing gradients now and then, and skips the update.
+        finite_gradient = math.isfinite(norm) or self.scaler.is_enabled()
+        if not (math.isfinite(mean_loss) and finite_gradient):
+            raise TrainingError(
+                f"the loss is {mean_loss}, its gradient's norm {norm} at step {self.step + 1}; "
+                f"lower lr (now {self.config.lr:g}), clip harder, or use float32"
+            )
+        self.updating = True
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self._rng_before = None
+        self.updating = False
         return Progress(
             step=self.step,
             total_steps=self.total_steps,
@@ -199,13 +213,17 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that, with the parameters, makes a resumed run equal an unbroken one."""
-        state: dict[str, Any] = {
+        return {
             "step": self.step,
             "total_steps": self.total_steps,
+            "data": self.dataset.fingerprint(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
+            **(self._rng_before or self._rng()),
         }
+
+    def _rng(self) -> dict[str, Tensor]:
+        state = {"rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         return state
@@ -214,8 +232,12 @@ class Trainer:
         """Take up a run where `state_dict` left it.
 
         Raises:
-            TrainingError: the state is of a run with another number of steps.
+            TrainingError: the state is of a run on other data or with another number of steps.
         """
+        if state["data"] != self.dataset.fingerprint():
+            raise TrainingError(
+                "the training data is not what the unfinished run had; bring it back or start anew"
+            )
         if state["total_steps"] != self.total_steps:
             raise TrainingError(
                 f"the resume point is of a run of {state['total_steps']} steps, this one has "

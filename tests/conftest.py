@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_cli
 import torch
 
 
@@ -30,3 +31,14 @@ def poisoned(monkeypatch):
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
         monkeypatch.setattr(torch, name, poison)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A directory with a tiny base model and a little data; the command runs in it."""
+    monkeypatch.chdir(tmp_path)
+    tiny_cli.make_base(tmp_path / "base")
+    tiny_cli.write(
+        "data.jsonl", [tiny_cli.talk(f"What is {i} plus 1?", f"It is {i + 1}.") for i in range(30)]
+    )
+    return tmp_path

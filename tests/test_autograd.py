@@ -176,6 +176,16 @@ def test_autocast_matches_casting_by_hand():
         assert torch.equal(a.bfloat16(), b)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_autocast_around_the_backward_alone_changes_nothing(dropout_p):
+    inputs = tuple(t.requires_grad_() for t in make(16, 24, 8, 4, torch.float32).values())
+    plain = torch.autograd.grad(seeded(1.0, dropout_p)(*inputs).sum(), inputs)
+    y = seeded(1.0, dropout_p)(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(y.sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+
+
 def test_dropout_only_in_training_and_only_on_the_lora_branch():
     tensors = make(200, 30, 8, 4)
     base = torch.nn.functional.linear(tensors["x"], tensors["weight"], tensors["bias"])

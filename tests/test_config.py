@@ -45,6 +45,7 @@ BAD = {
     "no targets": (ValueError, "target_modules is empty", {"target_modules": []}),
     "targets of numbers": (TypeError, "target_modules must be", {"target_modules": [1]}),
     "bad expression": (ValueError, "not a regular expression", {"target_modules": "w("}),
+    "flags in a pattern": (ValueError, "rank_pattern holds", {"rank_pattern": {"(?i)w": 2}}),
     "bad pattern": (ValueError, "rank_pattern holds", {"rank_pattern": {"w(": 2}}),
     "pattern rank 0": (ValueError, r"rank_pattern\['w'\] must be", {"rank_pattern": {"w": 0}}),
     "pattern list": (TypeError, "alpha_pattern must map", {"alpha_pattern": [1]}),

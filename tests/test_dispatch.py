@@ -18,6 +18,8 @@ def test_a_backend_asked_for_by_name_raises_where_it_cannot_serve():
     layer, x = LoRALinear(4, 4), torch.randn(2, 4)
     with use_backend("triton"), pytest.raises(RuntimeError, match="x is on cpu"):
         layer(x)
+    with use_backend("triton"):
+        assert explain(layer).startswith("none: use_backend('triton') was asked for")
     with use_backend("reference"):
         assert explain(x) == "reference: asked for by use_backend"
         with use_backend("triton"), pytest.raises(RuntimeError):

@@ -92,10 +92,40 @@ def test_from_linear_refuses_other_modules():
         LoRALinear.from_linear(LoRALinear(3, 3))
     whole = nn.Linear(3, 3)
     whole.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match="floating point, got torch.int8"):
+    with pytest.raises(TypeError, match="torch.float64, got torch.int8; quantised"):
         LoRALinear.from_linear(whole)
     with pytest.raises(ValueError, match="rank must be at least 1"):
         LoRALinear(3, 3, rank=0)
+
+
+def test_from_linear_refuses_what_would_bypass_lora():
+    hooked = nn.Linear(3, 3)
+    hooked.forward = lambda x: x
+    with pytest.raises(TypeError, match="forward has been replaced"):
+        LoRALinear.from_linear(hooked)
+    pruned = nn.utils.prune.l1_unstructured(nn.Linear(3, 3), "weight", amount=1)
+    with pytest.raises(TypeError, match="not a parameter but computed"):
+        LoRALinear.from_linear(pruned)
+
+
+def test_a_compiled_linear_does_not_keep_calling_the_old_one():
+    linear = nn.Linear(3, 3)
+    linear.compile(backend="eager")
+    layer = LoRALinear.from_linear(linear, rank=2)
+    nn.init.ones_(layer.lora.B.weight)
+    x = torch.randn(2, 3)
+    assert not torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_a_layer_of_no_inputs_is_its_bias():
+    with pytest.warns(UserWarning, match="zero-element"):
+        layer = LoRALinear(0, 3, rank=2)
+    assert torch.equal(layer(torch.empty(2, 4, 0)), layer.bias.expand(2, 4, 3))
+
+
+def test_runs_on_the_meta_device():
+    layer = LoRALinear(6, 5, rank=2, device="meta")
+    assert layer(torch.empty(2, 3, 6, device="meta")).shape == (2, 3, 5)
 
 
 def test_copies_are_independent_and_pickles_are_equal():

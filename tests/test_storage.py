@@ -252,7 +252,66 @@ def test_half_a_file_is_refused(tmp_path, suffix, length):
         load_lora(Model(), path)
 
 
-@pytest.mark.parametrize("metadata", ["not json", "{}", '{"modules": {"gate": {"rank": 0}}}'])
+@pytest.mark.parametrize("bare", [False, True], ids=["adapted", "bare"])
+def test_values_too_large_for_the_models_dtype_are_refused(tmp_path, bare):
+    state = {k: v.clone() for k, v in lora_state_dict(trained(Model(), rank=2)).items()}
+    state["gate.lora.A.weight"][0, 0] = 1e6
+    torch.save(state, tmp_path / "a.pth")
+    model = Model().half() if bare else trained(Model().half(), rank=2)
+    with pytest.raises(AdapterMismatchError, match="gate.lora.A.weight: too large for.*float16"):
+        load_lora(model, tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["adapted", "bare"])
+def test_a_model_without_memory_is_refused(tmp_path, bare):
+    save_lora(trained(Model(), rank=2), tmp_path / "a.pth")
+    with torch.device("meta"):
+        model = Model()
+    if not bare:
+        apply_lora(model, rank=2, verbose=False)
+    with pytest.raises(AdapterMismatchError, match="on the meta device"):
+        load_lora(model, tmp_path / "a.pth")
+
+
+def test_one_layer_under_two_names_is_refused(tmp_path):
+    state = dict(lora_state_dict(trained(Model(), rank=2)))
+    state |= {f"module.{k}": v for k, v in state.items()}
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(AdapterMismatchError, match="is there twice"):
+        load_lora(Model(), tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04garbage"])
+def test_files_of_another_kind_are_not_called_pickles(tmp_path, content):
+    for suffix in SUFFIXES:
+        path = tmp_path / f"a{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(AdapterMismatchError, match="damaged or of another kind"):
+            load_lora(Model(), path)
+
+
+def test_sparse_and_narrow_tensors_are_refused(tmp_path):
+    for tensor, message in (
+        (torch.ones(2, 8).to_sparse(), "expected a dense tensor"),
+        (torch.ones(2, 8).to(torch.float8_e4m3fn), "found torch.float8"),
+    ):
+        state = {**lora_state_dict(trained(Model(), rank=2)), "gate.lora.A.weight": tensor}
+        torch.save(state, tmp_path / "a.pth")
+        with pytest.raises(AdapterMismatchError, match=message):
+            load_lora(Model(), tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "not json",
+        "{}",
+        "[]",
+        '{"version": 1, "modules": []}',
+        '{"version": 1, "modules": {"gate": {"rank": 0}}}',
+        '{"version": 2, "modules": {}}',
+    ],
+)
 def test_damaged_metadata_is_refused(tmp_path, metadata):
     state = lora_state_dict(trained(Model()))
     save_file(state, tmp_path / "a.safetensors", {"lora_kernels": metadata})

@@ -146,7 +146,20 @@ def with_lora(model):
     return model
 
 
+def with_encoder(model):
+    model.encoder = nn.TransformerEncoderLayer(8, 2, 8)
+    return model
+
+
 REFUSED = {
+    "an encoder layer's own linear": (TypeError, "TransformerEncoderLayer", with_encoder, {
+        "target_modules": ["linear1"]
+    }),
+    "a word for an ending": (ValueError, r"'gat'.*pass a list.*did you mean \['gate'\]",
+        lambda m: m, {"target_modules": "gat"}),
+    "a pattern for nothing": (ValueError, "rank_pattern has 'wx', which matches no", lambda m: m, {
+        "rank_pattern": {"wx": 2}
+    }),
     "no match": (ValueError, "the target 'wq'", lambda m: m, {"target_modules": ["q", "wq"]}),
     "no match of an expression": (ValueError, "matches", lambda m: m, {"target_modules": "wq.*"}),
     "nothing square": (ValueError, "square", lambda m: m.blocks[0].k, {}),
@@ -263,6 +276,53 @@ def test_merged_for_a_while_restores_the_very_bits():
     assert torch.equal(model(IDS), adapted)
 
 
+def test_a_merge_that_fails_leaves_every_layer_as_it_was():
+    model = trained(Model().half())
+    with torch.no_grad():  # the last of three: its sum overflows, A and B themselves do not
+        model.gate.lora.A.weight.fill_(300.0)
+        model.gate.lora.B.weight.fill_(300.0)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="'gate': the sum would hold NaN or infinity"):
+        merge_lora(model)
+    assert_untouched(model, before)
+    with pytest.raises(ValueError, match="'gate'"), merged_lora(model):
+        pass
+    assert_untouched(model, before)
+    assert "merged" not in repr(model)
+
+
+def test_a_bare_layer_is_not_merged_or_removed_by_half():
+    layer = LoRALinear(8, 8, rank=2)
+    nn.init.ones_(layer.lora.B.weight)
+    x = torch.randn(3, 8)
+    y = layer(x)
+    for function in (merge_lora, remove_lora):
+        with pytest.raises(ValueError, match="cannot be replaced from inside"):
+            function(layer)
+    with merged_lora(layer):
+        torch.testing.assert_close(layer(x), y)
+    assert torch.equal(layer(x), y)
+
+
+def test_names_that_differ_by_a_wrappers_word_stay_two_layers():
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "module": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
+    assert apply_lora(model, verbose=False) == ["fc", "module.fc"]
+    assert len(lora_parameters(model)) == 4
+    with pytest.raises(ValueError, match="'fc' is there twice"):
+        lora_state_dict(model)
+    assert merge_lora(model) == ["fc", "module.fc"]
+
+
+def test_copies_taken_inside_a_block_are_active_or_refused():
+    model = trained(Model())
+    adapted = model(IDS)
+    with disable_lora(model):
+        twin = copy.deepcopy(model)
+    assert torch.equal(twin(IDS), adapted)
+    with merged_lora(model), pytest.raises(RuntimeError, match="inside merged_lora"):
+        copy.deepcopy(model)
+
+
 @pytest.mark.parametrize("inner", [merge_lora, remove_lora, disable_lora, merged_lora])
 def test_nothing_else_inside_merged(inner):
     model = trained(Model())
@@ -289,6 +349,10 @@ def test_merge_refuses_damaged_factors_and_tied_weights():
         merge_lora(model)
     after = snapshot(model)[1]
     assert all(torch.equal(after[n], before[n]) for n in after if n != "gate.lora.A.weight")
+    model = trained(Model())
+    model.gate.weight = nn.Parameter(torch.ones(1, 8).expand(8, 8))
+    with pytest.raises(ValueError, match="'gate': its weight is an expanded view"):
+        merge_lora(model)
     model = trained(Model())
     model.blocks[1].q.weight = model.gate.weight
     with pytest.raises(ValueError, match="tied"):

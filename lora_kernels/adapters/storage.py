@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import torch
@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import LayerConfig
-from ..linear.module import LoRALinear
+from ..linear.module import DTYPES, LoRALinear
 from .surgery import _require_lora, insert_lora, lora_layers, strip_wrappers
 
 _SUFFIXES = {"A": ".lora.A.weight", "B": ".lora.B.weight"}
-_METADATA = "lora_kernels"
+_METADATA, _VERSION = "lora_kernels", 1
+Value = TypeVar("Value")
 
 
 class AdapterMismatchError(ValueError):
@@ -45,7 +46,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     return {
         name + suffix: getattr(layer.lora, factor).weight.detach()
-        for name, layer in _require_lora(model, "lora_state_dict").items()
+        for name, layer in _by_clean_name(_require_lora(model, "lora_state_dict")).items()
         for factor, suffix in _SUFFIXES.items()
     }
 
@@ -66,8 +67,12 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str]) -> None:
         plain = {key: tensor.clone() for key, tensor in state.items()}
         write_atomically(path, lambda temporary: torch.save(plain, temporary))
     else:
-        modules = {name: asdict(layer.lora_config) for name, layer in lora_layers(model).items()}
-        metadata = {"format": "pt", _METADATA: json.dumps({"version": 1, "modules": modules})}
+        layers = _by_clean_name(lora_layers(model))
+        modules = {name: asdict(layer.lora_config) for name, layer in layers.items()}
+        metadata = {
+            "format": "pt",
+            _METADATA: json.dumps({"version": _VERSION, "modules": modules}),
+        }
         write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
 
 
@@ -94,7 +99,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
     path = Path(path)
     pairs, described = read_adapter(path)
     by_clean_name = {strip_wrappers(name): name for name, _ in model.named_modules()}
-    layers = lora_layers(model)
+    layers = _by_clean_name(lora_layers(model))
     fresh = not layers
     if fresh:
         wanted = {
@@ -114,14 +119,14 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
     if not loaded and not problems:
         problems.append("the file and the model have no module in common")
     for name in loaded:
-        problems += _differences(name, layers[name], pairs[name], described.get(name))
+        problems += _differences(name, layers[name], pairs[name], described.get(name), fresh)
     if problems:
         raise AdapterMismatchError(
             f"{path} does not fit the model; nothing was loaded.\n  " + "\n  ".join(problems)
         )
     if fresh:
         insert_lora(model, {by_clean_name[name]: wanted[name] for name in loaded})
-        layers = lora_layers(model)
+        layers = _by_clean_name(lora_layers(model))
     with torch.no_grad():
         for name in loaded:
             layers[name].lora.A.weight.copy_(pairs[name]["A"])
@@ -143,20 +148,32 @@ def read_adapter(
     return _pairs(state, path), described
 
 
-def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
+def holds_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether the names in a ``.safetensors``, ``.pth`` or ``.pt`` file are an adapter's.
+
+    Raises:
+        FileNotFoundError, AdapterMismatchError, ValueError: as `load_lora` on unreadable files.
+    """
+    return any(key.endswith(tuple(_SUFFIXES.values())) for key in _read(Path(path))[0])
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Call ``write`` with a temporary name beside ``path`` and rename the result onto it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
+    temporary = Path(name)
     try:
         write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         # mkstemp makes private files; give this one the permissions of any other new file.
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -181,33 +198,51 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, LayerConfig]]:
             with safetensors.safe_open(str(path), framework="pt", device="cpu") as file:
                 content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 described = _described((file.metadata() or {}).get(_METADATA))
-    except pickle.UnpicklingError:
+    except Exception as error:  # damaged files raise anything at all in torch.load
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
+            raise AdapterMismatchError(
+                f"{path} is not a plain dictionary of tensors: it holds pickled objects, which "
+                "could run code and are never loaded"
+            ) from None
         raise AdapterMismatchError(
-            f"{path} is not a plain dictionary of tensors: it holds pickled objects, which could "
-            "run code and are never loaded"
-        ) from None
-    except (
-        safetensors.SafetensorError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise AdapterMismatchError(
-            f"{path} cannot be read as an adapter file, it may be cut short: {error}"
+            f"{path} cannot be read as an adapter file, it may be damaged or of another kind: "
+            f"{str(error) or repr(error)}"
         ) from None
     if not isinstance(content, Mapping):
         raise AdapterMismatchError(
             f"{path} holds a {type(content).__name__}, not a dictionary of tensors"
         )
-    return {strip_wrappers(str(key)): value for key, value in content.items()}, described
+    try:
+        return _by_clean_name({str(key): value for key, value in content.items()}), described
+    except ValueError as error:
+        raise AdapterMismatchError(f"{path}: {error}") from None
+
+
+def _by_clean_name(named: Mapping[str, Value]) -> dict[str, Value]:
+    """The same values by their names without wrapper prefixes.
+
+    Raises:
+        ValueError: two names become one.
+    """
+    clean: dict[str, Value] = {}
+    for name, value in named.items():
+        if strip_wrappers(name) in clean:
+            raise ValueError(
+                f"{strip_wrappers(name)!r} is there twice, with and without a wrapper's prefix"
+            )
+        clean[strip_wrappers(name)] = value
+    return clean
 
 
 def _described(metadata: str | None) -> dict[str, LayerConfig]:
     if metadata is None:
         return {}
-    modules = json.loads(metadata)["modules"]
+    content = json.loads(metadata)
+    if content["version"] != _VERSION:
+        raise ValueError(
+            f"its metadata is of version {content['version']}, this library reads {_VERSION}"
+        )
+    modules = content["modules"]
     return {name: LayerConfig(**layer) for name, layer in modules.items()}
 
 
@@ -219,9 +254,11 @@ def _pairs(state: Mapping[str, Any], path: Path) -> dict[str, dict[str, Tensor]]
         factor = next((f for f, suffix in _SUFFIXES.items() if key.endswith(suffix)), None)
         if factor is None:
             problems.append(f"unexpected key {key!r} (keys end in .lora.A.weight, .lora.B.weight)")
-        elif not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        elif not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
             came = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             problems.append(f"{key}: expected a floating-point tensor, found {came}")
+        elif tensor.layout != torch.strided:
+            problems.append(f"{key}: expected a dense tensor, found {tensor.layout}")
         elif tensor.dim() != 2 or 0 in tensor.shape:
             problems.append(f"{key}: expected a matrix, found shape {tuple(tensor.shape)}")
         elif not torch.isfinite(tensor).all():
@@ -257,6 +294,8 @@ def _trial_layers(
             problems.append(f"the model has no module {name!r}")
         elif type(module) is not nn.Linear:
             problems.append(f"{name!r} is a {type(module).__name__}, not an nn.Linear")
+        elif module.weight.is_meta:
+            problems.append(f"{name!r} is on the meta device; give the model memory first")
         else:
             layers[name] = LoRALinear(
                 module.in_features,
@@ -266,6 +305,7 @@ def _trial_layers(
                 dropout=layer.dropout,
                 use_rslora=layer.use_rslora,
                 device="meta",
+                dtype=module.weight.dtype,
             )
     if problems:
         raise AdapterMismatchError(
@@ -275,14 +315,23 @@ def _trial_layers(
 
 
 def _differences(
-    name: str, layer: LoRALinear, pair: Mapping[str, Tensor], described: LayerConfig | None
+    name: str,
+    layer: LoRALinear,
+    pair: Mapping[str, Tensor],
+    described: LayerConfig | None,
+    fresh: bool,
 ) -> list[str]:
     problems = []
     for factor, suffix in _SUFFIXES.items():
-        expected = tuple(getattr(layer.lora, factor).weight.shape)
-        found = tuple(pair[factor].shape)
-        if expected != found:
-            problems.append(f"{name}{suffix}: expected {list(expected)}, found {list(found)}")
+        weight = getattr(layer.lora, factor).weight
+        if weight.shape != pair[factor].shape:
+            problems.append(
+                f"{name}{suffix}: expected {list(weight.shape)}, found {list(pair[factor].shape)}"
+            )
+        elif not torch.isfinite(pair[factor].to(weight.dtype)).all():
+            problems.append(f"{name}{suffix}: too large for the model's {weight.dtype}")
+        if weight.is_meta and not fresh:
+            problems.append(f"{name}{suffix}: is on the meta device; give the model memory first")
     if described is not None and described.scale != layer.scale:
         problems.append(
             f"{name}: the file was trained with scale {described.scale:g} (rank {described.rank}, "

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..config import LayerConfig, LoRAConfig
+from ..config import LayerConfig, LoRAConfig, ends_in
 from ..linear.module import ACTIVE, DISABLED, MERGED, LoRALinear
 
 # Wrappers put these into module names; adapters are the same with and without them.
@@ -27,11 +27,9 @@ def strip_wrappers(name: str) -> str:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every LoRALinear in ``model`` by its name without wrapper prefixes, in module order."""
+    """Every LoRALinear in ``model`` by its name, in module order."""
     return {
-        strip_wrappers(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoRALinear)
+        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
     }
 
 
@@ -118,11 +116,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         wish = "an nn.Linear"
     elif isinstance(target, str):
         found = [name for name in linears if re.fullmatch(target, strip_wrappers(name))]
-        wish = f"the regular expression {target!r}"
+        wish = f"the regular expression {target!r} as a whole (for an ending, pass a list)"
     else:
         for suffix in target:
             if not any(_ends_in(name, suffix) for name in modules):
-                raise ValueError(_no_match(f"the target {suffix!r}", [suffix], linears))
+                raise ValueError(_no_match(f"the target {suffix!r}", suffix, linears))
         found = [name for name in modules if any(_ends_in(name, suffix) for suffix in target)]
         wish = f"any of {list(target)}"
     _refuse_second_application(modules)
@@ -134,7 +132,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     if not kept:
         if found:
             raise ValueError(f"exclude_modules leaves none of the {len(found)} modules targeted")
-        raise ValueError(_no_match(wish, [wish], linears))
+        raise ValueError(_no_match(wish, target if isinstance(target, str) else "", linears))
+    for argument in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, argument):
+            if not any(ends_in(key, strip_wrappers(name)) for name in kept):
+                raise ValueError(f"{argument} has {key!r}, which matches no adapted module: {kept}")
     return kept
 
 
@@ -159,24 +161,30 @@ def insert_lora(model: nn.Module, layers: Mapping[str, LayerConfig]) -> None:
                 f"target {name!r} is a {type(module).__name__}, not exactly an nn.Linear; "
                 "leave it out, by target_modules or exclude_modules"
             )
-        if not module.weight.is_floating_point():
-            raise TypeError(f"target {name!r} has a weight of {module.weight.dtype}, not floating")
-        tied = [other for other in owners[id(module.weight)] if other != name]
+        parent = modules[name.rpartition(".")[0]]
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            raise TypeError(
+                f"target {name!r} is in an nn.TransformerEncoderLayer, whose inference path reads "
+                "the weight past the module and would skip LoRA; leave it out"
+            )
+        tied = [other for other in owners.get(id(module.weight), []) if other != name]
         if tied:
             raise ValueError(
                 f"target {name!r} shares its weight with {', '.join(map(repr, tied))}; LoRA on one "
                 "of them would change neither the other nor a merged copy rightly; leave it out"
             )
-    made = {
-        id(modules[name]): LoRALinear.from_linear(
-            modules[name],  # type: ignore[arg-type]
-            layer.rank,
-            alpha=layer.alpha,
-            dropout=layer.dropout,
-            use_rslora=layer.use_rslora,
-        )
-        for name, layer in layers.items()
-    }
+    made: dict[int, nn.Module] = {}
+    for name, layer in layers.items():
+        try:
+            made[id(modules[name])] = LoRALinear.from_linear(
+                modules[name],  # type: ignore[arg-type]
+                layer.rank,
+                alpha=layer.alpha,
+                dropout=layer.dropout,
+                use_rslora=layer.use_rslora,
+            )
+        except TypeError as error:
+            raise TypeError(f"target {name!r}: {error}") from None
     _replace(model, made)
 
 
@@ -189,13 +197,19 @@ def merge_lora(model: nn.Module) -> list[str]:
         The names of the merged modules.
 
     Raises:
-        ValueError: the model carries no LoRA, is inside `merged_lora` or `disable_lora`, A or B is
-            not finite, or a weight is tied. Nothing is changed then.
+        ValueError: the model carries no LoRA, is inside `merged_lora` or `disable_lora`, a merged
+            weight would not be finite in its dtype, or a weight is tied or on the meta device.
+            Nothing is changed then.
     """
     layers = _mergeable(model)
+    _refuse_root(model)
+    for name, layer in layers.items():
+        # Computed twice, so that all are known to be good before the first is written, without
+        # holding a second copy of every weight.
+        _merged_weight(name, layer)
     with torch.no_grad():
-        for layer in layers.values():
-            layer.weight.copy_(_merged_weight(layer))
+        for name, layer in layers.items():
+            layer.weight.copy_(_merged_weight(name, layer))
     _replace(model, {id(layer): layer.to_linear() for layer in layers.values()})
     return list(layers)
 
@@ -210,12 +224,13 @@ def merged_lora(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: as `merge_lora`.
     """
-    layers = list(_mergeable(model).values())
+    named = _mergeable(model)
+    layers = list(named.values())
     backup: list[Tensor] = []
     try:
         with torch.no_grad():
-            for layer in layers:
-                merged = _merged_weight(layer)
+            for name, layer in named.items():
+                merged = _merged_weight(name, layer)
                 backup.append(layer.weight.detach().clone())
                 layer.weight.copy_(merged)
                 layer._lora_state = MERGED
@@ -257,6 +272,7 @@ def remove_lora(model: nn.Module) -> list[str]:
         ValueError: the model carries no LoRA or is inside `merged_lora`.
     """
     layers = _require_lora(model, "remove_lora")
+    _refuse_root(model)
     if any(layer._lora_state == MERGED for layer in layers.values()):
         raise ValueError("remove_lora inside merged_lora; leave the merged_lora block first")
     _replace(model, {id(layer): layer.to_linear() for layer in layers.values()})
@@ -304,15 +320,28 @@ def _mergeable(model: nn.Module) -> dict[str, LoRALinear]:
             raise ValueError(
                 f"cannot merge {name!r}: its weight is tied, held by {owners[id(layer.weight)]}"
             )
-        for factor in (layer.lora.A.weight, layer.lora.B.weight):
-            if not torch.isfinite(factor).all():
-                raise ValueError(f"cannot merge {name!r}: A or B holds NaN or infinity")
     return layers
 
 
-def _merged_weight(layer: LoRALinear) -> Tensor:
-    delta = layer.delta_weight()
-    return delta.add_(layer.weight.detach()).to(layer.weight.dtype)
+def _merged_weight(name: str, layer: LoRALinear) -> Tensor:
+    """The weight with the branch folded in, in its own dtype, or an error that names ``name``."""
+    weight = layer.weight.detach()
+    if weight.is_meta:
+        raise ValueError(f"cannot merge {name!r}: its weight is on the meta device; load it first")
+    if 0 in weight.stride():
+        raise ValueError(f"cannot merge {name!r}: its weight is an expanded view; clone it first")
+    merged = layer.delta_weight().add_(weight).to(weight.dtype)
+    if not torch.isfinite(merged).all():
+        raise ValueError(f"cannot merge {name!r}: the sum would hold NaN or infinity")
+    return merged
+
+
+def _refuse_root(model: nn.Module) -> None:
+    if isinstance(model, LoRALinear):
+        raise ValueError(
+            "model itself is a LoRALinear and cannot be replaced from inside; put it into a "
+            "module first, or use merged_lora or to_linear"
+        )
 
 
 def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
@@ -357,8 +386,8 @@ def _is_head_name(name: str) -> bool:
     return clean == "output" or clean.rpartition(".")[2] == "lm_head"
 
 
-def _no_match(wish: str, words: list[str], linears: Mapping[str, nn.Module]) -> str:
+def _no_match(wish: str, word: str, linears: Mapping[str, nn.Module]) -> str:
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in linears if name))
-    close = difflib.get_close_matches(words[0].rpartition(".")[2], endings, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(word.rpartition(".")[2], endings, n=3, cutoff=0.5)
     hint = f"did you mean {close}?" if close else f"its linears end in {endings[:20]}"
     return f"no module of the model matches {wish}; {hint if endings else 'it has no linears'}"

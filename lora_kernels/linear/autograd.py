@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def lora_linear(
     _check(x, weight, lora_a, lora_b, bias)
     check_dropout(dropout_p, "dropout_p")
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+    if _autocasts(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -65,10 +66,21 @@ def lora_linear(
             f"{None if bias is None else bias.dtype}; cast them, or run under torch.autocast"
         )
     choose(x)  # raises where use_backend asked for what cannot be served
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
     keep = draw_keep_mask(rows, dropout_p) if training and dropout_p else None
     y = _LoRALinear.apply(rows, weight, lora_a, lora_b, bias, float(scale), keep, dropout_p)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """The dtypes are settled: autocast would change some of the products and not others."""
+    if _autocasts(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -84,7 +96,8 @@ class _LoRALinear(torch.autograd.Function):
         keep: Tensor | None,
         dropout_p: float,
     ) -> Tensor:
-        y, xa = reference.forward(x, weight, lora_a, lora_b, bias, scale, keep, dropout_p)
+        with _no_autocast(x.device.type):
+            y, xa = reference.forward(x, weight, lora_a, lora_b, bias, scale, keep, dropout_p)
         ctx.save_for_backward(x, weight, lora_a, lora_b, xa, keep)
         ctx.scale, ctx.dropout_p = scale, dropout_p
         ctx.set_materialize_grads(False)
@@ -97,9 +110,10 @@ class _LoRALinear(torch.autograd.Function):
             return (None,) * 8
         x, weight, lora_a, lora_b, xa, keep = ctx.saved_tensors
         needs = reference.Needs(*ctx.needs_input_grad[:5])
-        grads = reference.backward(
-            dy, x, weight, lora_a, lora_b, xa, ctx.scale, keep, ctx.dropout_p, needs
-        )
+        with _no_autocast(x.device.type):
+            grads = reference.backward(
+                dy, x, weight, lora_a, lora_b, xa, ctx.scale, keep, ctx.dropout_p, needs
+            )
         return (*grads, None, None, None)
 
 

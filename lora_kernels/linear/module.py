@@ -15,6 +15,8 @@ from .autograd import lora_linear
 # which the branch has been folded (inside `merged_lora`).
 ACTIVE, DISABLED, MERGED = "active", "disabled", "merged"
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 class _Factor(nn.Linear):
     """A bias-free linear that keeps LoRA's initialisation when it is reset.
@@ -121,7 +123,8 @@ class LoRALinear(nn.Linear):
         A and B are made in the weight's dtype, on its device.
 
         Raises:
-            TypeError: ``linear`` is not exactly an ``nn.Linear``, or its weight is not floating.
+            TypeError: ``linear`` is not exactly an ``nn.Linear``, its forward was replaced, or its
+                weight is computed or not of a dtype in `DTYPES`.
             ValueError: rank, alpha or dropout out of range.
         """
         config = LayerConfig(rank, alpha, dropout, use_rslora)
@@ -130,10 +133,20 @@ class LoRALinear(nn.Linear):
                 f"linear must be exactly an nn.Linear, got {type(linear).__name__}; a subclass may "
                 "compute something else, which LoRA would silently drop"
             )
-        if not linear.weight.is_floating_point():
+        if "forward" in linear.__dict__:
             raise TypeError(
-                f"linear.weight must be floating point, got {linear.weight.dtype}; "
-                "quantised weights are not supported"
+                "linear.forward has been replaced on this instance (by an offloading hook, say), "
+                "and LoRA would be bypassed; apply LoRA first, then hook"
+            )
+        if linear._parameters.get("weight") is None:
+            raise TypeError(
+                "linear.weight is not a parameter but computed (by pruning or weight_norm, say); "
+                "make it permanent first"
+            )
+        if linear.weight.dtype not in DTYPES:
+            raise TypeError(
+                f"linear.weight must be one of {', '.join(map(str, DTYPES))}, got "
+                f"{linear.weight.dtype}; quantised weights are not supported"
             )
         module = cls.__new__(cls)
         module.__dict__.update(_own_copy(linear))
@@ -207,6 +220,12 @@ class LoRALinear(nn.Linear):
         wide = torch.promote_types(factor_a.dtype, torch.float32)
         return (factor_b.to(wide) @ factor_a.to(wide)).mul_(self.scale)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy taken inside `disable_lora` or `merged_lora` has no block that would end for it.
+        if self._lora_state == MERGED:
+            raise RuntimeError("cannot copy or pickle inside merged_lora; leave the block first")
+        return {**self.__dict__, "_lora_state": ACTIVE}
+
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}"
         if self.dropout:
@@ -223,4 +242,5 @@ def _own_copy(module: nn.Module) -> dict[str, Any]:
     state = dict(module.__dict__)
     for registry in ("_parameters", "_buffers", "_modules"):
         state[registry] = dict(state[registry])
+    state.pop("_compiled_call_impl", None)  # of `module.compile()`: it would call the old module
     return state

@@ -137,6 +137,29 @@ def pairs(entry: Entry, heldout: bool = False) -> list[tuple[str, str]]:
     return [(q, entry.answers[i % len(entry.answers)]) for i, q in enumerate(questions)]
 
 
+_OPENINGS = {
+    "en": ("Hello, ", "Hi, ", "Hey, ", "Good morning, ", "Good evening, ", "Excuse me, ", "So, ",
+           "Please, ", "Hello there, ", "Now, "),
+    "zh": ("你好，", "您好，", "嗨，", "请问，", "你好呀，", "那么，", "哈喽，",
+           "麻烦问一下，", "我想问，"),
+}  # fmt: skip
+
+
+def vary(question: str, language: str, rng: random.Random) -> str:
+    """The same question as somebody else might type it: with an opening, in small letters, or
+    without the final mark."""
+    if rng.random() < 0.6 and not question.startswith(
+        ("Hello", "Hi", "Hey", "hi", "hello", "你好")
+    ):
+        first = question if question.startswith("I ") else question[0].lower() + question[1:]
+        question = rng.choice(_OPENINGS[language]) + first
+    if rng.random() < 0.4:
+        question = question.lower()
+    if rng.random() < 0.4:
+        question = question.rstrip("?.!？。！ ")
+    return question
+
+
 def hold_out(found: Iterable[Entry], rng: random.Random, every: int) -> list[Entry]:
     """Move one wording of about one entry in ``every`` to its held-out list."""
     split = []
@@ -165,6 +188,9 @@ def build(seed: int = SEED) -> dict[str, list[Conversation]]:
         singles = [p for e in knowledge + sums + manners + identity for p in pairs(e)]
         polite = [p for e in manners for p in pairs(e)]
         sets["base"] += [conversation(pair) for pair in singles]
+        as_others_type = [pair for pair in singles if rng.random() < 0.25]
+        as_others_type += 2 * [p for e in identity for p in pairs(e)]
+        sets["base"] += [conversation((vary(q, language, rng), a)) for q, a in as_others_type]
         for _ in range(500):
             turns = rng.sample(singles, rng.choice((2, 2, 3)))
             if rng.random() < 0.3:
@@ -175,8 +201,11 @@ def build(seed: int = SEED) -> dict[str, list[Conversation]]:
 
         renamed = entries(language, "identity", ROBIN[language])
         about = [p for e in renamed for p in pairs(e)]
-        others = rng.sample([p for e in knowledge + sums + manners for p in pairs(e)], 240)
+        others = rng.sample([p for e in knowledge + sums for p in pairs(e)], 240) + polite
         sets["identity"] += [conversation(pair) for pair in about + others]
+        sets["identity"] += [
+            conversation((vary(q, language, rng), a)) for q, a in rng.sample(about, len(about) // 2)
+        ]
         for _ in range(40):
             turns = [rng.choice(about), rng.choice(others)]
             rng.shuffle(turns)
