@@ -119,7 +119,7 @@ class Settings:
         return TrainingConfig(**{k: v for k, v in asdict(self).items() if k in names})
 
 
-FINETUNE_DEFAULTS: dict[str, Any] = {"epochs": 3, "lr": 2e-3}
+FINETUNE_DEFAULTS: dict[str, Any] = {"epochs": 2, "lr": 4e-3}
 # The recipe of the shipped base model.
 SFT_DEFAULTS: dict[str, Any] = {
     "base": "random",
