@@ -15,6 +15,7 @@ from lora_kernels.adapters.surgery import lora_layers
 
 from .checkpoint import load_model, save_model
 from .prepare import choose_device, load_base, unused, user_errors
+from .report import program
 from .settings import Settings
 from .tokenizer import save_tokenizer
 from .training import DTYPES, best_dtype
@@ -46,7 +47,7 @@ def merge(options: argparse.Namespace) -> None:
         print(f"  {name}: {lost:.2%} of the adapter's own size")
     save_model(model, out, dtype)
     save_tokenizer(tokenizer, out)
-    print(f"wrote {out}/\nnext:  minimind chat --base {out}")
+    print(f"wrote {out}/\nnext:  {program()} chat --base {out}")
 
 
 def info(options: argparse.Namespace) -> None:
@@ -81,7 +82,9 @@ def _machine() -> list[str]:
 
 
 def _is_adapter(path: Path) -> bool:
-    return path.suffix in (".safetensors", ".pth", ".pt") and path.is_file() and holds_adapter(path)
+    if path.is_dir():
+        return (path / "adapter_config.json").exists()
+    return path.suffix in (".safetensors", ".pth", ".pt") and holds_adapter(path)
 
 
 def _adapter(path: Path) -> list[str]:

@@ -24,7 +24,18 @@ from .checkpoint import save_model
 from .data import SFTDataset
 from .generate import answer
 from .prepare import ADAPTER, RESUME, RUN, Job
-from .report import ANSWERS, METRICS, PLOT, Report, Side, append, compare, plot_loss, read_metrics
+from .report import (
+    ANSWERS,
+    METRICS,
+    PLOT,
+    Report,
+    Side,
+    append,
+    compare,
+    plot_loss,
+    program,
+    read_metrics,
+)
 from .tokenizer import save_tokenizer
 from .training import Progress, evaluate
 
@@ -69,7 +80,7 @@ def run(job: Job) -> None:
             print("\nstopped within a step; the last resume point, if there is one, stands")
             raise
         save_resume_point(job, before)
-        print(f"\nstopped; go on with: minimind {job.command} --resume {job.out}")
+        print(f"\nstopped; go on with: {program()} {job.command} --resume {job.out}")
         raise
     save_weights(job)
     after = look(job, prompts, "after")
@@ -147,7 +158,7 @@ def closing(job: Job) -> str:
     """Where the results are and what to do next, as text."""
     if not job.lora:
         files = f"model.safetensors, config.json, tokenizer, {RUN}, {METRICS}, {PLOT}"
-        return f"\nwrote {job.out}/: {files}\nnext:  minimind chat --base {job.out}"
+        return f"\nwrote {job.out}/: {files}\nnext:  {program()} chat --base {job.out}"
     if job.settings.base == "random":
         return f"\nwrote {job.out}/: {ADAPTER}, for the random weights of this run alone"
     options = f" --base {job.settings.base}" if job.settings.base else ""
@@ -155,7 +166,7 @@ def closing(job: Job) -> str:
     adapter = job.out / ADAPTER
     return (
         f"\nwrote {job.out}/: {ADAPTER} ({adapter.stat().st_size / 1024:.0f} KiB), {RUN}, "
-        f"{METRICS}, {PLOT}\nnext:  minimind chat{options} --lora {adapter} --compare"
+        f"{METRICS}, {ANSWERS}, {PLOT}\nnext:  {program()} chat{options} --lora {adapter} --compare"
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from tqdm import tqdm
 
 from .training import Progress
@@ -96,6 +99,17 @@ class Report:
         )
 
 
+def program() -> str:
+    """What the user would have to type to run this command again: ``minimind``, or its path."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return "python -m minimind"
+    found = shutil.which("minimind")
+    if called.name != "minimind" or (found and Path(found).resolve() == called.resolve()):
+        return "minimind"
+    return os.path.relpath(called)
+
+
 def append(path: Path, row: dict[str, Any]) -> None:
     """Add one JSON line to ``path``."""
     with path.open("a", encoding="utf-8") as file:
@@ -169,8 +183,9 @@ def plot_loss(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     ):
         points = [(x, row[key]) for x, row in ends if row.get(key) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), "o", color=color, label=label)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", ylim=(0, None))
+            axes.plot(*zip(*points, strict=True), "o", color=color, label=label, zorder=3)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", yscale="log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_title(title, parse_math=False)  # a file name may hold dollar signs
     axes.grid(alpha=0.3)
     rates = axes.twinx()

@@ -71,12 +71,12 @@ def test_without_out_the_next_free_directory_is_taken(here):
 def test_options_reach_the_run(here, capsys):
     assert finetune(
         "--out", "o", "--targets", "w1,attention.wv", "--dropout", "0.1", "--accumulation-steps",
-        "2", "--epochs", "1", "--max-length", "28", "--seed", "3",
+        "2", "--epochs", "1", "--max-length", "38", "--seed", "3",
     ) == 0  # fmt: skip
     said = capsys.readouterr().out
     assert "apply lora on module: layers.0.attention.wv\n" in said
     assert "apply lora on module: layers.0.feed_forward.w1\n" in said
-    assert "steps       4 (1 epochs)" in said and "cut at 28 tokens" in said
+    assert "steps       4 (1 epochs)" in said and "cut at 38 tokens" in said
 
 
 @pytest.mark.parametrize("options", [[], ["--use-moe"]], ids=["dense", "moe"])

@@ -94,7 +94,7 @@ def test_finetune_without_arguments(tmp_path, base):
     assert run.returncode == 0, run.stderr
     out = tmp_path / "out" / "identity-1"
     assert "65,536 of them LoRA (0.73%)" in run.stdout
-    assert f"next:  minimind chat --lora {out.relative_to(tmp_path)}" in run.stdout
+    assert f"next:  python -m minimind chat --lora {out.relative_to(tmp_path)}" in run.stdout
 
     # Nine of ten held-out identity prompts, in each language, and none before.
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lora_kernels import LoRA, LoRALinear
 
@@ -103,7 +104,7 @@ def test_from_linear_refuses_what_would_bypass_lora():
     hooked.forward = lambda x: x
     with pytest.raises(TypeError, match="forward has been replaced"):
         LoRALinear.from_linear(hooked)
-    pruned = nn.utils.prune.l1_unstructured(nn.Linear(3, 3), "weight", amount=1)
+    pruned = prune.l1_unstructured(nn.Linear(3, 3), "weight", amount=1)
     with pytest.raises(TypeError, match="not a parameter but computed"):
         LoRALinear.from_linear(pruned)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 
 import pytest
 
 import minimind.report
-from minimind.report import Report, Side, append, compare, matches, plot_loss, read_metrics
+from minimind.report import Report, Side, append, compare, matches, plot_loss, program, read_metrics
 from minimind.training import Progress
 
 
@@ -226,3 +227,19 @@ def test_a_single_step_is_visible(tmp_path, drawn):
     plot_loss([STEPS[0]], tmp_path / "loss.png", "t")
     line = next(x for x in drawn[0].axes[0].get_lines() if x.get_label() == "training loss")
     assert line.get_marker() == "."  # a line through one point shows nothing
+
+
+@pytest.mark.parametrize(
+    ("called", "on_path", "expected"),
+    [
+        ("/v/bin/minimind", "/v/bin/minimind", "minimind"),
+        ("/v/bin/minimind", None, os.path.relpath("/v/bin/minimind")),
+        ("/v/bin/minimind", "/other/bin/minimind", os.path.relpath("/v/bin/minimind")),
+        ("/src/minimind/__main__.py", None, "python -m minimind"),
+        ("/v/bin/pytest", None, "minimind"),
+    ],
+)
+def test_the_next_command_can_be_typed_as_it_is_printed(monkeypatch, called, on_path, expected):
+    monkeypatch.setattr("sys.argv", [called])
+    monkeypatch.setattr("shutil.which", lambda name: on_path)
+    assert program() == expected

@@ -1,10 +1,11 @@
 """Save and load an adapter, and nothing else of the model.
 
-Two files, told apart by the suffix:
+Three kinds, told apart by the path:
 
 - ``.pth`` / ``.pt``: torch's format, the plain dictionary ``{"<module>.lora.A.weight": tensor}``.
   It says nothing of alpha or dropout; on a model without LoRA it loads with scale 1.
 - ``.safetensors``: the same keys; rank, alpha, rsLoRA and dropout of each module as metadata.
+- an existing directory, or a new path without a suffix: PEFT's two files, see `peft_format`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from ..config import LayerConfig
 from ..linear.module import DTYPES, LoRALinear
+from .peft_format import read_directory, write_directory
 from .surgery import _require_lora, insert_lora, lora_layers, strip_wrappers
 
 _SUFFIXES = {"A": ".lora.A.weight", "B": ".lora.B.weight"}
@@ -51,16 +53,32 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def save_lora(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the adapter to ``path`` (``.pth``, ``.pt`` or ``.safetensors``), in its own dtype.
+def save_lora(model: nn.Module, path: str | os.PathLike[str], *, fold_scale: bool = False) -> None:
+    """Write the adapter to ``path``, in its own dtype.
 
-    The file appears whole or not at all. Missing parent directories are made.
+    ``.pth``, ``.pt`` and ``.safetensors`` are files; an existing directory, or a new path without
+    a suffix, becomes an adapter in PEFT's format (other files in it are left alone). What is
+    written appears whole or not at all. Missing parent directories are made.
+
+    Args:
+        model: carries LoRA.
+        path: where to.
+        fold_scale: of a directory only: multiply the scale into B (in float32 or wider, rounded
+            once to its dtype) and pad every rank with zeros to the widest, so that ``r`` and
+            ``lora_alpha`` are the same everywhere and make a scale of 1. For servers that pass
+            over ``rank_pattern``, ``alpha_pattern`` or ``use_rslora``; to train on, save without.
 
     Raises:
-        ValueError: another suffix, or the model carries no LoRA.
+        ValueError: another suffix, the model carries no LoRA, or PEFT's format cannot hold it:
+            dropout or rsLoRA differ between modules, or the model itself is the LoRALinear.
     """
     path = Path(path)
     kind = _kind(path)
+    if kind == "directory":
+        write_directory(path, model, _by_clean_name(_require_lora(model, "save_lora")), fold_scale)
+        return
+    if fold_scale:
+        raise ValueError(f"fold_scale is for a directory in PEFT's format, got {str(path)!r}")
     state = {key: tensor.cpu().contiguous() for key, tensor in lora_state_dict(model).items()}
     if kind == "torch":
         # A tensor that is a view would drag its whole storage into the file.
@@ -84,16 +102,18 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
 
     Args:
         model: carries LoRA on the same modules, or none at all.
-        path: a file that `save_lora` wrote, or a ``.pth`` of the same keys.
+        path: a file that `save_lora` wrote, a ``.pth`` of the same keys, or a directory with
+            PEFT's ``adapter_model.safetensors`` and ``adapter_config.json``.
         strict: demand that the file and the model's adapter have the same modules. If false,
             modules on one side only are left alone; shapes must fit still.
 
     Returns:
-        The names of the modules loaded.
+        The names of the modules loaded, in module order.
 
     Raises:
         FileNotFoundError: no such file.
-        AdapterMismatchError: what is missing, unexpected, mis-shaped or not finite, by name.
+        AdapterMismatchError: what is missing, unexpected, mis-shaped or not finite, by name; or
+            what PEFT's config asks for that is not plain LoRA.
         ValueError: another suffix.
     """
     path = Path(path)
@@ -115,7 +135,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
         problems.append(f"missing from the file: {_listed(missing)}")
     if strict and unexpected:
         problems.append(f"in the file but without LoRA in the model: {_listed(unexpected)}")
-    loaded = [name for name in layers if name in pairs]
+    loaded = [name for name in by_clean_name if name in layers and name in pairs]
     if not loaded and not problems:
         problems.append("the file and the model have no module in common")
     for name in loaded:
@@ -137,7 +157,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
 def read_adapter(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, LayerConfig]]:
-    """What an adapter file holds: ``{module: {"A": [R, K], "B": [N, R]}}`` and, where the file
+    """What an adapter holds: ``{module: {"A": [R, K], "B": [N, R]}}`` and, where the file
     says it, ``{module: LayerConfig}``. Wrapper prefixes are dropped from the names.
 
     Raises:
@@ -149,7 +169,7 @@ def read_adapter(
 
 
 def holds_adapter(path: str | os.PathLike[str]) -> bool:
-    """Whether the names in a ``.safetensors``, ``.pth`` or ``.pt`` file are an adapter's.
+    """Whether the names in a file, or a directory in PEFT's format, are an adapter's.
 
     Raises:
         FileNotFoundError, AdapterMismatchError, ValueError: as `load_lora` on unreadable files.
@@ -178,19 +198,30 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _kind(path: Path) -> str:
+    if path.is_dir() or not (path.suffix or path.exists()):
+        return "directory"
     if path.suffix in (".pth", ".pt"):
         return "torch"
     if path.suffix == ".safetensors":
         return "safetensors"
-    raise ValueError(f"path must end in .pth, .pt or .safetensors, got {str(path)!r}")
+    raise ValueError(
+        "path must end in .pth, .pt or .safetensors, or for PEFT's format be a directory (one with "
+        f"a dot in its name must exist), got {str(path)!r}"
+    )
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, LayerConfig]]:
-    """The file's tensors, wrapper prefixes dropped, and the layers that its metadata describes."""
+    """The tensors, wrapper prefixes dropped, and the layers that metadata or config describe."""
     kind = _kind(path)
+    if kind == "directory":
+        try:
+            state, described = read_directory(path)
+            return _by_clean_name(state), described
+        except ValueError as error:
+            raise AdapterMismatchError(f"{path}: {error}") from None
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file at {path}; check the path")
-    described: dict[str, LayerConfig] = {}
+    described = {}
     try:
         if kind == "torch":
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
