@@ -102,7 +102,7 @@ class Report:
 def program() -> str:
     """What the user would have to type to run this command again: ``minimind``, or its path."""
     called = Path(sys.argv[0])
-    if called.name == "__main__.py":
+    if called.parts[-2:] == ("minimind", "__main__.py"):
         return "python -m minimind"
     found = shutil.which("minimind")
     if called.name != "minimind" or (found and Path(found).resolve() == called.resolve()):
