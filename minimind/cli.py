@@ -13,7 +13,7 @@ from .settings import FINETUNE_DEFAULTS, SFT_DEFAULTS, Settings, add_options
 
 _EPILOG = """examples:
   minimind finetune                            teach the shipped model a new name, in about a minute
-  minimind finetune --data tea --targets all-linear --epochs 12
+  minimind finetune --data tea --targets all-linear --rank 32 --epochs 12
   minimind finetune --data mine.jsonl --out out/mine --rank 8 --alpha 16
   minimind chat --lora out/identity-1/adapter.safetensors --compare
   minimind merge --lora out/identity-1/adapter.safetensors --out out/robin

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from .toydata import build
 
@@ -57,7 +57,8 @@ def load_tokenizer(path: str | os.PathLike[str] | None = None) -> PreTrainedToke
             "tokenizer_config.json; check the path"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        # Not AutoTokenizer: beside a model it reads the model's config, of a kind it does not know.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:
         raise ValueError(
             f"the tokenizer files in {directory} cannot be read: {error}; copy them anew"
