@@ -58,8 +58,11 @@ def forward(
     dropped = x if keep is None else apply_keep_mask(x, keep, dropout_p)
     xa = dropped @ lora_a.to(x.dtype).t()
     y = F.linear(x, weight, bias)
-    y.addmm_(xa, lora_b.to(x.dtype).t(), alpha=scale)
-    return y, xa
+    factor = lora_b.to(x.dtype).t()
+    if torch.compiler.is_compiling():
+        # torch 2.11 traces an output written in place into gradients that are silently zero.
+        return y.addmm(xa, factor, alpha=scale), xa
+    return y.addmm_(xa, factor, alpha=scale), xa
 
 
 def backward(
