@@ -31,17 +31,15 @@ def choose(x: Tensor) -> Choice:
     refusal = _triton_refusal(x)
     if _asked_for == "reference":
         return Choice("reference", "asked for by use_backend")
-    if _asked_for == "triton" and refusal is not None:
+    if _asked_for == "triton":
         raise RuntimeError(
             f"use_backend('triton') was asked for, but Triton cannot serve this call: {refusal}. "
             "Leave the `with`, or ask for 'reference'."
         )
-    if refusal is not None:
-        return Choice("reference", refusal)
-    return Choice("triton", "a CUDA tensor of a supported dtype")
+    return Choice("reference", refusal)
 
 
-def _triton_refusal(x: Tensor) -> str | None:
+def _triton_refusal(x: Tensor) -> str:
     if x.device.type != "cuda":
         return f"x is on {x.device.type}, the kernels run on cuda"
     return "this version has no Triton kernels yet"

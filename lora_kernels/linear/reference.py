@@ -10,7 +10,7 @@ the end.
 The road not taken: autograd of the one-line statement keeps ``drop(x)`` and ``x·Aᵀ`` alive, adds
 the two branches in a pass of their own and sums two dx. Here the branch is accumulated by the
 matrix product itself (``addmm_``), so nothing of size ``[M, N]`` or ``[M, K]`` is made twice
-without dropout.
+without dropout (eagerly; a compiler is left to fuse the sum itself).
 """
 
 from __future__ import annotations
