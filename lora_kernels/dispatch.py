@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 BACKENDS = ("triton", "reference")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LEAST_CAPABILITY = (8, 0)
+MOST_RANK = 512
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 # What `use_backend` asked for, None outside of it.
 _asked_for: str | None = None
@@ -22,27 +29,76 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(x: Tensor) -> Choice:
-    """The implementation for a call on ``x``, looked at anew in each call.
+def choose(
+    x: Tensor,
+    weight: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Choice:
+    """The implementation for a call on these tensors, looked at anew in each call.
+
+    Devices, dtypes and the rank decide; the number of rows does not, so that a compiled graph
+    serves every batch.
 
     Raises:
         RuntimeError: `use_backend` named one that cannot serve this call.
     """
-    refusal = _triton_refusal(x)
     if _asked_for == "reference":
         return Choice("reference", "asked for by use_backend")
+    tensors = [t for t in (x, weight, lora_a, lora_b, bias) if t is not None]
+    rank = None if lora_a is None else lora_a.shape[0]
+    refusal = _device_refusal(x.device.type, x.device.index) or _tensor_refusal(tensors, rank)
     if _asked_for == "triton":
-        raise RuntimeError(
-            f"use_backend('triton') was asked for, but Triton cannot serve this call: {refusal}. "
-            "Leave the `with`, or ask for 'reference'."
+        if refusal:
+            raise RuntimeError(
+                f"use_backend('triton') was asked for, but Triton cannot serve this call: "
+                f"{refusal}. Leave the `with`, or ask for 'reference'."
+            )
+        return Choice("triton", "asked for by use_backend")
+    if not refusal and x.device.type == "cpu":
+        refusal = "x is on cpu, and Triton's interpreter is not taken unless asked for"
+    if refusal:
+        return Choice("reference", refusal)
+    return Choice("triton", f"the kernels serve {x.dtype} on {x.device}")
+
+
+# A tracer takes the answer as it is: it cannot see through imports, and the device is a constant.
+@torch.compiler.assume_constant_result
+def _device_refusal(device_type: str, index: int | None) -> str:
+    """Why Triton does not run on this device, empty where it does."""
+    if device_type == "cpu" and _interpreting():
+        return ""
+    if device_type != "cuda":
+        return f"x is on {device_type}, the kernels run on cuda"
+    if not TRITON_INSTALLED:
+        return "triton is not installed"
+    if torch.version.hip:
+        return "this torch is built for ROCm, the kernels are for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LEAST_CAPABILITY:
+        return (
+            f"the GPU's compute capability is {capability[0]}.{capability[1]}, "
+            f"the kernels need {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
         )
-    return Choice("reference", refusal)
+    return ""
 
 
-def _triton_refusal(x: Tensor) -> str:
-    if x.device.type != "cuda":
-        return f"x is on {x.device.type}, the kernels run on cuda"
-    return "this version has no Triton kernels yet"
+def _tensor_refusal(tensors: list[Tensor], rank: int | None) -> str:
+    """Why the kernels do not take these tensors, empty where they do."""
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            return f"a tensor is {tensor.dtype}, the kernels take float32, float16 and bfloat16"
+        if is_traceable_wrapper_subclass(tensor):
+            return f"a tensor is a {type(tensor).__name__}, the kernels take plain tensors"
+    if rank is not None and rank > MOST_RANK:
+        return f"the rank is {rank}, the kernels take up to {MOST_RANK}"
+    return ""
+
+
+def _interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, which takes CPU tensors."""
+    return TRITON_INSTALLED and importlib.import_module("triton").knobs.runtime.interpret
 
 
 @contextmanager
@@ -79,23 +135,32 @@ def explain(module_or_tensors: nn.Module | Tensor | tuple[Any, ...] | list[Any])
         ValueError: a module without floating-point parameters.
     """
     if isinstance(module_or_tensors, nn.Module):
-        floating = (p for p in module_or_tensors.parameters() if p.is_floating_point())
-        x: Any = next(floating, None)
-        if x is None:
-            raise ValueError(
-                f"{type(module_or_tensors).__name__} has no floating-point parameter to judge by; "
-                "pass the input tensor instead"
-            )
+        tensors: list[Any] = _tensors_of(module_or_tensors)
     elif isinstance(module_or_tensors, (tuple, list)) and module_or_tensors:
-        x = module_or_tensors[0]
+        tensors = list(module_or_tensors)
     else:
-        x = module_or_tensors
-    if not isinstance(x, torch.Tensor):
+        tensors = [module_or_tensors]
+    if not all(isinstance(t, torch.Tensor) or (i and t is None) for i, t in enumerate(tensors)):
+        came = ", ".join(type(t).__name__ for t in tensors)
         raise TypeError(
-            f"module_or_tensors must be a module, a tensor or a tuple of tensors, got {type(x)}"
+            f"module_or_tensors must be a module, a tensor or a tuple of tensors, got {came}"
         )
     try:
-        choice = choose(x)
+        choice = choose(*tensors[:5])
     except RuntimeError as refusal:
         return f"none: {refusal}"
     return f"{choice.backend}: {choice.reason}"
+
+
+def _tensors_of(module: nn.Module) -> list[Any]:
+    """Stand-ins for a call's arguments: the weight for x, and A and B where the module has them."""
+    floating = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if floating is None:
+        raise ValueError(
+            f"{type(module).__name__} has no floating-point parameter to judge by; "
+            "pass the input tensor instead"
+        )
+    weight, lora = getattr(module, "weight", None), getattr(module, "lora", None)
+    if isinstance(weight, torch.Tensor) and isinstance(lora, nn.Module):
+        return [weight, weight, lora.A.weight, lora.B.weight]  # type: ignore[union-attr, list-item]
+    return [floating]

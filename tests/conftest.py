@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
-import tiny_cli
 import torch
+
+# Without a GPU the kernels run in Triton's interpreter, which it chooses when it decorates them.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import tiny_cli
 
 
 def pytest_collection_modifyitems(items):

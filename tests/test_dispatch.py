@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_kernels import LoRALinear, explain, use_backend
+from lora_kernels import LoRALinear, dispatch, explain, use_backend
+
+
+@pytest.fixture(autouse=True)
+def _no_interpreter(monkeypatch):
+    """As on a machine without a GPU that does not run Triton's interpreter."""
+    monkeypatch.setattr(dispatch, "_interpreting", lambda: False)
 
 
 def test_the_cpu_takes_the_reference_and_says_why():

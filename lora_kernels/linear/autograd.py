@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from ..config import check_dropout
 from ..dispatch import choose
-from ..dropout import draw_keep_mask
-from . import reference
+from ..dropout import draw_keep_mask, draw_seed
+from . import ops, reference  # noqa: F401  ops registers torch.ops.lora_kernels
 
 
 def lora_linear(
@@ -65,10 +65,14 @@ def lora_linear(
             f"x, weight and bias must share a dtype, got {x.dtype}, {weight.dtype} and "
             f"{None if bias is None else bias.dtype}; cast them, or run under torch.autocast"
         )
-    choose(x)  # raises where use_backend asked for what cannot be served
+    backend = choose(x, weight, lora_a, lora_b, bias).backend
     rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
-    keep = draw_keep_mask(rows, dropout_p) if training and dropout_p else None
-    y = _LoRALinear.apply(rows, weight, lora_a, lora_b, bias, float(scale), keep, dropout_p)
+    noise = None
+    if training and dropout_p:
+        noise = draw_seed(x.device) if backend == "triton" else draw_keep_mask(rows, dropout_p)
+    y, _, _ = _LoRALinear.apply(
+        rows, weight, lora_a, lora_b, bias, noise, float(scale), dropout_p, backend
+    )
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -85,37 +89,64 @@ def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
 
 
 class _LoRALinear(torch.autograd.Function):
+    """``(y, xa, keep_bits)``, of which y is differentiable.
+
+    ``noise`` is what dropout draws from: for the reference the keep mask itself, for the kernels a
+    seed, from which forward makes the packed bits. Without dropout it is None.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         weight: Tensor,
         lora_a: Tensor,
         lora_b: Tensor,
         bias: Tensor | None,
+        noise: Tensor | None,
         scale: float,
-        keep: Tensor | None,
         dropout_p: float,
-    ) -> Tensor:
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         with _no_autocast(x.device.type):
-            y, xa = reference.forward(x, weight, lora_a, lora_b, bias, scale, keep, dropout_p)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, xa, keep)
-        ctx.scale, ctx.dropout_p = scale, dropout_p
+            if backend == "triton":
+                return torch.ops.lora_kernels.forward(
+                    x, weight, lora_a, lora_b, bias, noise, scale, dropout_p
+                )
+            y, xa = reference.forward(x, weight, lora_a, lora_b, bias, scale, noise, dropout_p)
+            return y, xa, None
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        x, weight, lora_a, lora_b, _, noise, ctx.scale, ctx.dropout_p, ctx.backend = inputs
+        _, xa, bits = output
+        mask = noise
+        if ctx.backend == "triton":
+            mask = None if noise is None else bits
+            ctx.mark_non_differentiable(xa, bits)
+        else:
+            ctx.mark_non_differentiable(xa)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, xa, mask)
         ctx.set_materialize_grads(False)
-        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 8
-        x, weight, lora_a, lora_b, xa, keep = ctx.saved_tensors
+            return (None,) * 9
+        x, weight, lora_a, lora_b, xa, mask = ctx.saved_tensors
         needs = reference.Needs(*ctx.needs_input_grad[:5])
+        saved = (dy, x, weight, lora_a, lora_b, xa)
         with _no_autocast(x.device.type):
-            grads = reference.backward(
-                dy, x, weight, lora_a, lora_b, xa, ctx.scale, keep, ctx.dropout_p, needs
-            )
-        return (*grads, None, None, None)
+            if ctx.backend == "triton":
+                found = iter(
+                    torch.ops.lora_kernels.backward(
+                        *saved, mask, ctx.scale, ctx.dropout_p, list(needs)
+                    )
+                )
+                grads = tuple(next(found) if needed else None for needed in needs)
+            else:
+                grads = reference.backward(*saved, ctx.scale, mask, ctx.dropout_p, needs)
+        return (*grads, None, None, None, None)
 
 
 def _check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:

@@ -1,0 +1,149 @@
+"""The Triton path as two operators, ``torch.ops.lora_kernels.forward`` and ``backward``.
+
+Opaque to tracers: what strategy and which kernels a call takes is decided inside, from its real
+shapes, so a graph with a dynamic number of rows stays one graph. The autograd Function is outside,
+in `autograd`: `torch.library.register_autograd` would cost a third more host time a call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import Needs
+
+FORWARD = "lora_kernels::forward"
+BACKWARD = "lora_kernels::backward"
+
+torch.library.define(
+    FORWARD,
+    "(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, "
+    "float scale, float dropout_p) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    BACKWARD,
+    "(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor xa, "
+    "Tensor? keep_bits, float scale, float dropout_p, bool[] needs) -> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl(FORWARD, ("CUDA", "CPU"))
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y, xa, keep_bits)`` of 2-D x; the bits are empty ``[0, 0]`` without a seed."""
+    if 0 in weight.shape or not x.shape[0]:
+        y, xa = reference.forward(x, weight, lora_a, lora_b, bias, scale, None, 0.0)
+        return y, xa, _bits_like(x, seed)
+    with _on_device_of(x):
+        y, xa, bits = _kernels("forward").forward(
+            x, weight, lora_a, lora_b, bias, scale, seed, dropout_p, _capability(x)
+        )
+    return y, xa, _bits_like(x, None) if bits is None else bits
+
+
+@torch.library.register_fake(FORWARD)
+def _forward_fake(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return y, x.new_empty(x.shape[0], lora_a.shape[0]), _bits_like(x, seed)
+
+
+@torch.library.impl(BACKWARD, ("CUDA", "CPU"))
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    xa: Tensor,
+    keep_bits: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Those of dx, dweight, da, db and dbias that ``needs`` asks for, in this order."""
+    wanted = Needs(*needs)
+    if 0 in weight.shape or not x.shape[0]:
+        grads = reference.backward(dy, x, weight, lora_a, lora_b, xa, scale, None, 0.0, wanted)
+    else:
+        with _on_device_of(x):
+            grads = _kernels("backward").backward(
+                dy,
+                x,
+                weight,
+                lora_a,
+                lora_b,
+                xa,
+                scale,
+                keep_bits,
+                dropout_p,
+                wanted,
+                _capability(x),
+            )
+    return [grad for grad in grads if grad is not None]
+
+
+@torch.library.register_fake(BACKWARD)
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    xa: Tensor,
+    keep_bits: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    like = (x, weight, lora_a, lora_b, weight[:, 0] if needs[4] else weight)
+    return [
+        tensor.new_empty(tensor.shape) for tensor, needed in zip(like, needs, strict=True) if needed
+    ]
+
+
+def _bits_like(x: Tensor, seed: Tensor | None) -> Tensor:
+    shape = (0, 0) if seed is None else (x.shape[0], (x.shape[1] + 7) // 8)
+    return x.new_empty(shape, dtype=torch.uint8)
+
+
+@functools.cache
+def _kernels(name: str) -> ModuleType:
+    """The module of the kernels; imported at the first call, because Triton may be absent."""
+    return importlib.import_module(f".{name}", __package__)
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    # The interpreter stands in for the GPU with the most kernels.
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+
+
+def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be x's."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()

@@ -1,0 +1,215 @@
+"""Device helpers that every kernel shares, and the one way to launch a kernel.
+
+Tiles are named by their shape in comments: ``[BM, BN]``. Row offsets are int64 throughout, so that
+tensors of more than 2³¹ elements are addressed right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+# Philox4x32 passes BigCrush from 7 rounds on (Salmon et al., SC 2011, table 2). The usual 10 would
+# make the pass over x wait for its integer arithmetic.
+PHILOX_ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tile number to ``(pid_m, pid_n)``, GROUP rows of tiles at a time so that L2 keeps both."""
+    per_group = GROUP * tiles_n
+    first = (tile // per_group) * GROUP
+    rows = min(tiles_m - first, GROUP)
+    within = tile % per_group
+    return first + within % rows, within // rows
+
+
+# Whether Triton's interpreter runs these kernels; decided by Triton itself when it decorates.
+INTERPRETED = tl.constexpr(isinstance(grouped_tile, InterpretedFunction))
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a·b`` in float32. The interpreter would multiply bfloat16's bit patterns."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def cast(value, DTYPE: tl.constexpr):
+    """``value`` in DTYPE, rounded to nearest. The interpreter would cut bfloat16 short."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        word = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        word = (word + 0x7FFF + ((word >> 16) & 1)) & 0xFFFF0000
+        value = word.to(tl.float32, bitcast=True)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def load_tile(ptr, rows, cols, stride_row, stride_col, num_rows, num_cols):
+    """``ptr[rows, cols]`` with zeros outside; rows and cols are ranges of indices."""
+    mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col
+    return tl.load(ptr + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def draw_bytes(seed, rows, byte_cols, threshold):
+    """Keep bits of eight neighbours a byte, ``[rows, byte_cols]`` as int32.
+
+    Element ``8·j + i`` of a row is kept where lane i of ``philox(seed, (j, row, 0, 0))``, read as
+    eight 16-bit numbers, is at least ``threshold``.
+    """
+    row = (rows.to(tl.int32)[:, None] + 0 * byte_cols[None, :]).to(tl.int32)
+    col = (byte_cols[None, :] + 0 * rows[:, None]).to(tl.int32)
+    zero = row * 0
+    w0, w1, w2, w3 = tl.philox(seed, col, row, zero, zero, PHILOX_ROUNDS)
+    bits = _two_bits(w0, threshold)
+    bits |= _two_bits(w1, threshold) << 2
+    bits |= _two_bits(w2, threshold) << 4
+    bits |= _two_bits(w3, threshold) << 6
+    return bits
+
+
+@triton.jit
+def _two_bits(word, threshold):
+    low = (word & 0xFFFF).to(tl.int32)
+    high = ((word >> 16) & 0xFFFF).to(tl.int32)
+    return (low >= threshold).to(tl.int32) | ((high >= threshold).to(tl.int32) << 1)
+
+
+@triton.jit
+def expand_bits(bits, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Bytes ``[BLOCK_ROWS, BLOCK_COLS / 8]`` to a boolean tile ``[BLOCK_ROWS, BLOCK_COLS]``."""
+    lanes = tl.arange(0, 8)[None, None, :]
+    spread = (bits.to(tl.int32)[:, :, None] >> lanes) & 1
+    return tl.reshape(spread, (BLOCK_ROWS, BLOCK_COLS)) != 0
+
+
+@triton.jit
+def load_keep(bits_ptr, rows, byte_col, num_rows, num_cols, BM: tl.constexpr, BN: tl.constexpr):
+    """The stored keep mask at ``rows`` and the BN columns from ``8·byte_col`` on, ``[BM, BN]``."""
+    num_bytes = (num_cols + 7) // 8
+    byte_cols = byte_col + tl.arange(0, BN // 8)
+    mask = (rows < num_rows)[:, None] & (byte_cols < num_bytes)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * num_bytes + byte_cols[None, :]
+    return expand_bits(tl.load(bits_ptr + offsets, mask=mask, other=0), BM, BN)
+
+
+@triton.jit
+def rank_tile(
+    u_ptr,
+    v_ptr,
+    bias_ptr,
+    bits_ptr,
+    pid_m,
+    pid_n,
+    M,
+    N,
+    R,
+    scale,
+    stride_um,
+    stride_ur,
+    stride_vr,
+    stride_vn,
+    stride_bias,
+    DTYPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One tile of ``scale·mask⊙(u·v) + bias``, ``[BM, BN]`` in float32; v is rounded to DTYPE."""
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, R, BLOCK_R):
+        ranks = start + tl.arange(0, BLOCK_R)
+        u = load_tile(u_ptr, rows, ranks, stride_um, stride_ur, M, R)  # [BM, BR]
+        v = load_tile(v_ptr, ranks, cols, stride_vr, stride_vn, R, N)  # [BR, BN]
+        acc = dot(u, cast(v, DTYPE), acc, PRECISION)
+    acc *= scale
+    if HAS_MASK:
+        keep = load_keep(bits_ptr, rows, pid_n * (BLOCK_N // 8), M, N, BLOCK_M, BLOCK_N)
+        acc = tl.where(keep, acc, 0.0)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + cols * stride_bias, mask=cols < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    return acc
+
+
+class Launch(NamedTuple):
+    """One recorded launch: the kernel, its arguments by name, and Triton's options."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect the launches made inside the ``with`` instead of running them.
+
+    For tools that compile what a launcher would run, on any machine; outputs stay unwritten.
+    """
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(kernel: Any, programs: int, warps: int, stages: int, **arguments: Any) -> None:
+    """Run ``kernel`` on a grid of ``programs``, with its arguments by name."""
+    # Fused multiply-adds are said outright, because Triton is changing its default.
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, arguments, options))
+        return
+    kernel[(programs,)](**arguments, **options)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``"tf32"`` where torch's own float32 matrix products would use it on CUDA, else ``"ieee"``.
+
+    See ``torch.set_float32_matmul_precision``; 16-bit dtypes are not affected.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    asked = getattr(torch.backends.cuda.matmul, "fp32_precision")  # noqa: B009  not in its stub
+    if asked == "none":
+        asked = getattr(torch.backends, "fp32_precision")  # noqa: B009
+    return "tf32" if asked == "tf32" else "ieee"
+
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+def block_of(length: int, least: int = 16, most: int = 64) -> int:
+    """The power of two that covers ``length``, within bounds."""
+    return max(least, min(most, triton.next_power_of_2(length)))
+
+
+def num_sms(x: Tensor) -> int:
+    """Multiprocessors of x's device; for the interpreter and the recorder, a small number."""
+    if x.device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
