@@ -8,9 +8,10 @@ import oracle
 import pytest
 import torch
 from closeness import assert_close
+from kernel_cases import PATHS, drawn_mask
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import lora_linear
+from lora_kernels import lora_linear, use_backend
 from lora_kernels.dropout import draw_keep_mask
 
 NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
@@ -121,20 +122,21 @@ def test_any_strides_of_x_and_dy(layout, dropout_p):
     ],
 )
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_error_budget(device, dtype, m, k, n, r, dropout_p, poisoned):
+@pytest.mark.parametrize(("device", "backend"), PATHS)
+def test_error_budget(device, backend, dtype, m, k, n, r, dropout_p, poisoned):
     tensors = {name: t.to(device) for name, t in make(m, k, n, r, dtype).items()}
     dy = torch.randn(m, n, dtype=dtype).to(device)
     torch.manual_seed(7)
-    keep = draw_keep_mask(tensors["x"], dropout_p)
+    keep = drawn_mask(tensors["x"], dropout_p, backend)
 
     def statement(*inputs):
         return oracle.lora_linear(*inputs, scale=0.7, keep=keep, dropout_p=dropout_p)
 
     inputs = tuple(t.requires_grad_() for t in tensors.values())
     wide = tuple(t.detach().double().requires_grad_() for t in inputs)
-    assert_close(seeded(0.7, dropout_p)(*inputs), statement(*inputs), statement(*wide), "y")
-    ours = oracle.gradients(seeded(0.7, dropout_p), inputs, dy)
+    with use_backend(backend):
+        assert_close(seeded(0.7, dropout_p)(*inputs), statement(*inputs), statement(*wide), "y")
+        ours = oracle.gradients(seeded(0.7, dropout_p), inputs, dy)
     plain = oracle.gradients(statement, inputs, dy)
     truth = oracle.gradients(statement, wide, dy.double())
     for name, *three in zip(NAMES, ours, plain, truth, strict=True):
@@ -142,18 +144,20 @@ def test_error_budget(device, dtype, m, k, n, r, dropout_p, poisoned):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_wide_factors_over_a_narrow_base(dtype):
-    tensors = make(33, 40, 24, 4, torch.float32)
-    dy = torch.randn(33, 24, dtype=dtype)
+@pytest.mark.parametrize(("device", "backend"), PATHS)
+def test_wide_factors_over_a_narrow_base(device, backend, dtype):
+    tensors = {name: t.to(device) for name, t in make(33, 40, 24, 4, torch.float32).items()}
+    dy = torch.randn(33, 24, dtype=dtype).to(device)
     for name in ("x", "weight", "bias"):
         tensors[name] = tensors[name].to(dtype)
     inputs = tuple(t.requires_grad_() for t in tensors.values())
     narrow = tuple(t.detach().to(dtype).requires_grad_() for t in inputs)
     wide = tuple(t.detach().double().requires_grad_() for t in narrow)
-    y = lora_linear(*inputs)
+    with use_backend(backend):
+        y = lora_linear(*inputs)
+        ours = oracle.gradients(lora_linear, inputs, dy)
     assert y.dtype == dtype
     assert_close(y, oracle.lora_linear(*narrow), oracle.lora_linear(*wide), "y")
-    ours = oracle.gradients(lora_linear, inputs, dy)
     plain = oracle.gradients(oracle.lora_linear, narrow, dy)
     truth = oracle.gradients(oracle.lora_linear, wide, dy.double())
     assert [g.dtype for g in ours] == [dtype, dtype, torch.float32, torch.float32, dtype]
