@@ -54,6 +54,7 @@ class Config:
         block_m, block_n, block_k: rows, output columns and contraction of a tile.
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
         group: rows of tiles walked together, for the L2 cache.
+        per_sm: programs a multiprocessor holds at once; of the persistent kernel alone.
     """
 
     block_m: int = 0
@@ -62,6 +63,7 @@ class Config:
     warps: int = 4
     stages: int = 3
     group: int = 8
+    per_sm: int = 1
 
 
 class Row(NamedTuple):
@@ -99,6 +101,8 @@ ROWS = (
     Row(ANY, "gemm", 2, Config(128, 128, 64, 8, 3), shared=BIG),
     Row(ANY, "gemm", 2, Config(128, 128, 32, 8, 3)),
     Row(ANY, "gemm", 4, Config(64, 64, 32, 4, 2)),
+    # Two small programs hide each other's beginning and end, which a short loop cannot.
+    Row((9, 0), "hopper", 2, Config(128, 128, 64, 4, 3, per_sm=2), k=2048),
     Row((9, 0), "hopper", 2, Config(128, 128, 64, 8, 4), n=1024),
     Row((9, 0), "hopper", 2, Config(128, 256, 64, 8, 3)),
     Row(ANY, "expand", 2, Config(64, 128, 0, 4, 1)),
@@ -226,10 +230,12 @@ def _by_arithmetic(
     if m <= 64 and not dropped:
         # Bound by launches and by reading W, which cuBLAS splits over the whole GPU.
         return "aten"
-    if role == "forward" and n * r < 184 * 128 and r <= ONE_KERNEL_RANK:
-        # x·Aᵀ once more for each column of tiles costs less than reading x twice.
+    hopper = not _refusal("hopper", capability, dtype, shape, dropped, tma)
+    # x·Aᵀ once more for each column of tiles can cost less than reading x twice; on Hopper only
+    # while a launch counts for more than what its own instructions gain.
+    narrow = n * r < 184 * 128 and r <= ONE_KERNEL_RANK
+    if role == "forward" and narrow and (not hopper or 2 * m * n * k < 24e9):
         return "one_kernel"
-    hopper = tma and not _refusal("hopper", capability, dtype, shape, dropped, tma)
     if k <= (4096 if hopper else 2048):
         return "hopper" if hopper else "fused"
     return "beta1"
@@ -281,8 +287,9 @@ def candidates(kernel: str, capability: tuple[int, int], itemsize: int = 2) -> l
     }[kernel]
     depths = (1,) if kernel == "expand" else (2, 3, 4, 5) if wide else (2, 3)
     return [
-        replace(Config(*block), warps=warps, stages=stages)
+        replace(Config(*block), warps=warps, stages=stages, per_sm=per_sm)
         for block in blocks
         for warps in (4, 8)
         for stages in depths
+        for per_sm in ((1, 2) if kernel == "hopper" else (1,))
     ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from closeness import assert_close
-from kernel_cases import DEVICES, DTYPES, SHAPES, make
+from kernel_cases import DEVICES, DTYPES, SHAPES, Case, make
 
+from lora_kernels import tuning
 from lora_kernels.dropout import pack_bits
+from lora_kernels.linear.forward import forward
 from lora_kernels.linear.gemm import expand, hopper_gemm, pointer_gemm, suits_tma
 from lora_kernels.tuning import Config
 
@@ -83,6 +85,25 @@ def test_any_strides(kind, device, poisoned):
     p, q, u, v = (STRIDED[kind](*shape).to(device) for shape in ((m, k), (k, n), (m, r), (r, n)))
     bias = torch.randn(2 * n, device=device)[::2]
     check(pointer_gemm, p, q, u, v, bias)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("transposed", ["x", "weight", "both"])
+def test_a_transposed_operand_goes_where_it_can_be_read(transposed):
+    t = make(Case(64, 64, 64, 16), torch.float16, "cpu")
+    x, weight = t.x, t.weight
+    if transposed != "weight":
+        x = x.t().contiguous().t()
+    if transposed != "x":
+        weight = weight.t().contiguous().t()
+    with tuning.use_strategy(forward="hopper"):
+        if transposed == "weight":
+            y, *_ = forward(x, weight, *t[2:5], 1.0, None, 0.0, (9, 0))
+            same, *_ = forward(*t[:5], 1.0, None, 0.0, (9, 0))
+            assert torch.equal(y, same)
+        else:
+            with pytest.raises(RuntimeError, match="do not suit TMA"):
+                forward(x, weight, *t[2:5], 1.0, None, 0.0, (9, 0))
 
 
 def test_what_suits_tma():

@@ -308,7 +308,7 @@ def backward(
         dy.dtype,
         Shape(m, k, n, r),
         dropped=keep_bits is not None,
-        tma=suits_tma(dy) and suits_tma(weight) and k % 8 == 0,
+        tma=suits_tma(dy) and dy.stride(1) == 1 and suits_tma(weight) and k % 8 == 0,
     )
     if name == "aten":
         return reference.backward(dy, x, weight, lora_a, lora_b, xa, scale, None, 0.0, needs)

@@ -297,7 +297,7 @@ def forward(
         x.dtype,
         shape,
         dropped=seed is not None,
-        tma=suits_tma(x) and suits_tma(weight) and weight.shape[0] % 8 == 0,
+        tma=suits_tma(x) and x.stride(1) == 1 and suits_tma(weight) and weight.shape[0] % 8 == 0,
     )
     if name == "aten":
         return *reference.forward(x, weight, lora_a, lora_b, bias, scale, None, 0.0), None

@@ -142,7 +142,6 @@ def hopper_gemm_kernel(
     Q_IS_NK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -150,7 +149,7 @@ def hopper_gemm_kernel(
     GROUP: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         pid_m, pid_n = grouped_tile(tile, tiles_m, tiles_n, GROUP)
         acc = rank_tile(
             u_ptr,
@@ -267,10 +266,10 @@ def hopper_gemm(
     q_is_nk = q.stride(0) == 1 and q.stride(1) != 1  # Wᵀ: the memory is [N, K]
     q_stored = q.t() if q_is_nk else q
     q_block = [block_n, block_k] if q_is_nk else [block_k, block_n]
-    programs = min(num_sms(p), triton.cdiv(m, block_m) * triton.cdiv(n, block_n))
+    tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
     launch(
         hopper_gemm_kernel,
-        programs,
+        min(num_sms(p) * config.per_sm, tiles),
         config.warps,
         config.stages,
         p_desc=TensorDescriptor(p, [m, k], [p.stride(0), 1], [block_m, block_k]),
@@ -281,7 +280,6 @@ def hopper_gemm(
         N=n,
         K=k,
         Q_IS_NK=q_is_nk,
-        PROGRAMS=programs,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
@@ -291,7 +289,10 @@ def hopper_gemm(
 
 
 def suits_tma(tensor: Tensor) -> bool:
-    """Whether a 2-D tensor or its transpose can be read through a TMA descriptor."""
+    """Whether a 2-D tensor or its transpose can be read through a TMA descriptor.
+
+    `hopper_gemm` takes q either way round, and p only with rows of contiguous elements.
+    """
     inner, outer = sorted((tensor.stride(0), tensor.stride(1)))
     return (
         inner == 1
