@@ -46,6 +46,8 @@ def choose(
     """
     if _asked_for == "reference":
         return Choice("reference", "asked for by use_backend")
+    if _asked_for is None and x.device.type != "cuda":
+        return Choice("reference", f"x is on {x.device.type}, the kernels run on cuda")
     tensors = [t for t in (x, weight, lora_a, lora_b, bias) if t is not None]
     rank = None if lora_a is None else lora_a.shape[0]
     refusal = _device_refusal(x.device.type, x.device.index) or _tensor_refusal(tensors, rank)
@@ -56,15 +58,11 @@ def choose(
                 f"{refusal}. Leave the `with`, or ask for 'reference'."
             )
         return Choice("triton", "asked for by use_backend")
-    if not refusal and x.device.type == "cpu":
-        refusal = "x is on cpu, and Triton's interpreter is not taken unless asked for"
     if refusal:
         return Choice("reference", refusal)
     return Choice("triton", f"the kernels serve {x.dtype} on {x.device}")
 
 
-# A tracer takes the answer as it is: it cannot see through imports, and the device is a constant.
-@torch.compiler.assume_constant_result
 def _device_refusal(device_type: str, index: int | None) -> str:
     """Why Triton does not run on this device, empty where it does."""
     if device_type == "cpu" and _interpreting():
@@ -82,6 +80,11 @@ def _device_refusal(device_type: str, index: int | None) -> str:
             f"the kernels need {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
         )
     return ""
+
+
+# A tracer takes the answer as it is: the device is a constant, and imports cannot be traced. This
+# is all that torch.compiler.assume_constant_result does, but that imports the whole compiler.
+_device_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _tensor_refusal(tensors: list[Tensor], rank: int | None) -> str:
