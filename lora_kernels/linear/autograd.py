@@ -66,14 +66,15 @@ def lora_linear(
             f"{None if bias is None else bias.dtype}; cast them, or run under torch.autocast"
         )
     backend = choose(x, weight, lora_a, lora_b, bias).backend
-    rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
+    rows = x if x.dim() == 2 else x[None] if x.dim() == 1 else x.flatten(0, -2)
     noise = None
     if training and dropout_p:
         noise = draw_seed(x.device) if backend == "triton" else draw_keep_mask(rows, dropout_p)
     y, _, _ = _LoRALinear.apply(
         rows, weight, lora_a, lora_b, bias, noise, float(scale), dropout_p, backend
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    # A view only where there must be one: FSDP warns of a module whose output is a view.
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _autocasts(device_type: str) -> bool:
