@@ -1,7 +1,7 @@
 """Read and write MiniMind's weights: whole, checked, or not at all.
 
-A file's era is told from the names and shapes of its tensors. This version runs the weights of
-2025-02 and says so of the others.
+A file's era is told from the names and shapes of its tensors (`minimind.eras`); a configuration
+that lies with it is read in whichever words it is written.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,65 +18,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_kernels.adapters.storage import write_atomically
+from lora_kernels import AdapterMismatchError, load_lora
+from lora_kernels.adapters.storage import read_adapter, write_atomically
 from lora_kernels.adapters.surgery import strip_wrappers
 
 from .config import LMConfig
+from .eras import (
+    ERAS,
+    CheckpointError,
+    adapter_eras,
+    file_arguments,
+    infer_arguments,
+    recognise_era,
+    some,
+)
 from .model import MiniMindLM
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-SUPPORTED_ERA = "2025-02"
+_PICKLED_WEIGHTS_NAME = "pytorch_model.bin"  # of transformers directories, before safetensors
 
 _DERIVED = re.compile(r"(^|\.)(pos_cis|freqs_cos|freqs_sin|inv_freq|mask|causal_mask)$")
-_EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
-_ERA_MARKS = {
-    "2026-03": re.compile(r"\.self_attn\.[qk]_norm\.weight$"),
-    "2025-04": re.compile(r"\.self_attn\.[qkvo]_proj\.weight$"),
-    "2025-02": re.compile(r"(^|\.)layers\.\d+\.attention\.w[qkvo]\.weight$"),
-}
-
-
-class CheckpointError(ValueError):
-    """A weight or configuration file that cannot be used; the text says why and what to do."""
-
-
-def recognise_era(names_to_shapes: Mapping[str, Sequence[int]]) -> str:
-    """Tell which MiniMind a state dict belongs to.
-
-    Args:
-        names_to_shapes: tensor names, without wrapper prefixes, and their shapes.
-
-    Returns:
-        ``"2025-02"`` (``layers.N.attention.wq``, interleaved rotary pairs), ``"2025-04"``
-        (``model.layers.N.self_attn.q_proj``, half-split pairs) or ``"2026-03"`` (the same with a
-        norm on each query and key head).
-
-    Raises:
-        CheckpointError: none of them, or a mixture.
-    """
-    matrices = [name for name, shape in names_to_shapes.items() if len(shape) == 2]
-    vectors = [name for name, shape in names_to_shapes.items() if len(shape) == 1]
-    found = {
-        era
-        for era, mark in _ERA_MARKS.items()
-        if any(mark.search(name) for name in (vectors if era == "2026-03" else matrices))
-    }
-    if "2026-03" in found:
-        found.discard("2025-04")  # the later era kept the projections' names
-    if len(found) == 1:
-        return found.pop()
-    if any(".lora." in name or "lora_A" in name for name in names_to_shapes):
-        raise CheckpointError(
-            "these tensors are a LoRA adapter, not a model; load the base model's weights first, "
-            "then put the adapter on it with lora_kernels.load_lora"
-        )
-    raise CheckpointError(
-        f"expected the weights of one MiniMind, got names that fit "
-        f"{'several: ' + ', '.join(sorted(found)) if found else 'none'} "
-        f"({_some(sorted(names_to_shapes)) or 'no tensors at all'}); check that this is the file "
-        "you meant"
-    )
 
 
 def load_model(
@@ -85,53 +47,72 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
 ) -> MiniMindLM:
-    """Build a model from a weight file, or from a directory that ``save_model`` wrote.
+    """Build a model of any era from a weight file or a directory.
 
-    Every name, shape and value is checked before the model exists. Prefixes that wrappers leave
-    (``module.``, ``_orig_mod.``) are dropped, and so are tables that old files carry but that are
-    computed anew (``pos_cis``, masks). Nothing in a file is executed.
+    The era is told from the names and shapes alone. Every name, shape and value is checked before
+    the model exists. Prefixes that wrappers leave (``module.``, ``_orig_mod.``) are dropped, and so
+    are tables that old files carry but that are computed anew (``pos_cis``, masks). Nothing in a
+    file is executed.
 
     Args:
         path: ``.pth``, ``.pt``, ``.bin`` or ``.safetensors`` file, or a directory with
-            ``model.safetensors``.
-        config: the sizes, as a configuration, a dictionary or the path of a JSON file. None looks
-            beside the weights for ``<stem>.config.json``, then ``config.json``, and failing both
-            infers the sizes from the shapes. The number of heads leaves no trace in the shapes:
-            every model published in 2025-02 has 8 query and 2 key heads, so that is assumed where
-            the shapes allow it, and asked for where they do not.
+            ``model.safetensors`` or ``pytorch_model.bin``: what `save_model` or ``save_pretrained``
+            wrote, of a MiniMind or of a Llama or Qwen3 that one was made into.
+        config: the sizes, as a configuration, a dictionary or the path of a JSON file; in the words
+            of `LMConfig`, or of the original's or transformers' ``config.json``. None looks beside
+            the weights for ``<stem>.config.json``, then ``config.json``, and failing both infers
+            the sizes from the shapes. Some leave no trace there: rotary base, norm epsilon, longest
+            sequence and experts per token take the era's usual values (`eras.untraceable` lists
+            them). So does the number of heads before 2026-03, 8 query and 2 key heads, where the
+            shapes allow it; where they do not, it is asked for.
         dtype: of the model's weights; None is float32, whatever the file holds.
 
     Returns:
-        The model on the CPU, in eval mode.
+        The model on the CPU, in eval mode; ``model.config.era`` is its era.
 
     Raises:
         FileNotFoundError: no such weight or configuration file.
-        CheckpointError: unreadable, of another era, incomplete, mis-shaped or not finite.
+        CheckpointError: unreadable, of no era or another than the configuration says, incomplete,
+            mis-shaped or not finite.
     """
-    weights_path = _weights_path(Path(path))
-    state = _read_tensors(weights_path)
+    path = weights_path(path)
+    state = _read_tensors(path)
     try:
         era = recognise_era({name: tuple(tensor.shape) for name, tensor in state.items()})
     except CheckpointError as error:
-        raise CheckpointError(f"{weights_path}: {error}") from None
-    if era != SUPPORTED_ERA:
-        raise CheckpointError(
-            f"{weights_path} holds weights of MiniMind {era}; this version runs {SUPPORTED_ERA} "
-            f"weights only; take a {SUPPORTED_ERA} file or a later version of this package"
-        )
-    lm_config, source = _find_config(config, weights_path, state)
+        raise CheckpointError(f"{path}: {error}") from None
+    lm_config, source = _find_config(config, path, state, era)
     # Nothing is drawn or allocated for weights that are about to be replaced.
     with torch.device("meta"):
         model = MiniMindLM(lm_config)
     tied = lm_config.tie_word_embeddings
     if tied:
-        _complete_tied(state, weights_path)
-    _check_names_and_shapes(state, model.state_dict(), weights_path, source)
-    state = _converted(state, dtype or torch.float32, weights_path)
+        _complete_tied(state, _tied_names(era), path)
+    _check_names_and_shapes(state, model.state_dict(), path, source)
+    state = _converted(state, dtype or torch.float32, path)
     model.load_state_dict(state, assign=True)
     if tied:
-        model.output.weight = model.tok_embeddings.weight
+        _tie(model)
     return model.eval()
+
+
+def load_adapter(model: MiniMindLM, path: str | os.PathLike[str]) -> list[str]:
+    """`lora_kernels.load_lora`, which says so if the adapter is of another era than the model.
+
+    Raises:
+        AdapterMismatchError, FileNotFoundError, ValueError: as `load_lora`.
+    """
+    try:
+        return load_lora(model, path)
+    except AdapterMismatchError:
+        eras = adapter_eras(read_adapter(path)[0])
+        if not eras or model.config.era in eras:
+            raise
+        raise AdapterMismatchError(
+            f"{path} is an adapter for a MiniMind of {' or '.join(eras)}, the base is of "
+            f"{model.config.era}, whose modules have other names; take the base that it was "
+            "trained on"
+        ) from None
 
 
 def save_model(
@@ -156,17 +137,18 @@ def save_model(
     if strangers := sorted(state.keys() ^ expected.keys()):
         raise ValueError(
             f"model must have the tensors of its configuration alone, got a difference in "
-            f"{_some(strangers)}; merge or remove adapters and unwrap the model before saving"
+            f"{some(strangers)}; merge or remove adapters and unwrap the model before saving"
         )
-    if model.output.weight is model.tok_embeddings.weight:
-        del state[_HEAD]
+    embedding, head = _tied_names(model.config.era)
+    if state[embedding].data_ptr() == state[head].data_ptr():
+        del state[head]
     state = {
         name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
         for name, tensor in state.items()
     }
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.dtype = state[_EMBEDDING].dtype
+    config.dtype = state[embedding].dtype
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     text = config.to_json_string()
@@ -178,17 +160,46 @@ def save_model(
     )
 
 
-def _weights_path(path: Path) -> Path:
+def weights_path(path: str | os.PathLike[str]) -> Path:
+    """The weight file that ``path`` is or, as a directory, holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it is split into several, or a link that leads out of the directory.
+    """
+    path = Path(path)
     if path.is_dir():
-        if not (path / WEIGHTS_NAME).is_file():
-            raise FileNotFoundError(
-                f"{path} has no {WEIGHTS_NAME}; give the weight file itself, or a directory that "
-                "save_model or save_pretrained wrote"
+        for name in (WEIGHTS_NAME, _PICKLED_WEIGHTS_NAME):
+            if os.path.lexists(path / name):
+                refuse_escape(path, name)
+                return path / name
+        if split := next(path.glob("*.index.json"), None):
+            raise CheckpointError(
+                f"{path} holds weights in several files ({split.name}); save them as one, by "
+                "save_pretrained with a larger max_shard_size"
             )
-        return path / WEIGHTS_NAME
+        raise FileNotFoundError(
+            f"{path} has no {WEIGHTS_NAME}; give the weight file itself, or a directory that "
+            "save_model or save_pretrained wrote"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"no weight file at {path}; check the path")
     return path
+
+
+def refuse_escape(directory: Path, name: str) -> None:
+    """Raise CheckpointError if ``name`` in ``directory`` is a link that leads out of it.
+
+    A link from a hub download's snapshot into the blobs beside it stays inside the download.
+    """
+    target, inside = (directory / name).resolve(), [directory.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parent.parent / "blobs")
+    if not any(target.is_relative_to(folder) for folder in inside):
+        raise CheckpointError(
+            f"{directory / name} is a link to {target}, outside the directory, and is not "
+            "followed; copy the file itself there"
+        )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -232,102 +243,104 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def config_beside(weights: Path) -> Path | None:
+    """The configuration file that lies beside a weight file, if one does."""
+    for name in (f"{weights.stem}.config.json", CONFIG_NAME):
+        if os.path.lexists(weights.with_name(name)):
+            refuse_escape(weights.parent, name)
+            return weights.with_name(name)
+    return None
+
+
 def _find_config(
-    config: Any, weights_path: Path, state: Mapping[str, Tensor]
+    config: Any, weights: Path, state: Mapping[str, Tensor], era: str
 ) -> tuple[LMConfig, str]:
     """The configuration and, for messages, where it came from."""
     if isinstance(config, LMConfig):
+        if config.era != era:
+            raise CheckpointError(
+                f"{weights} holds weights of MiniMind {era}, the given configuration is of "
+                f"{config.era}; pass LMConfig(era={era!r}, ...)"
+            )
         return config, "the given configuration"
     if isinstance(config, Mapping):
-        return _config_from(config, "the given configuration"), "the given configuration"
+        source = "the given configuration"
+        return _config_from(config, source, state, era), source
     if isinstance(config, (str, os.PathLike)):
-        return _read_config(Path(config)), str(config)
+        return _read_config(Path(config), state, era), str(config)
     if config is not None:
         raise TypeError(
             f"config must be an LMConfig, a dictionary, a path or None, got "
             f"{type(config).__name__}; pass LMConfig(...)"
         )
-    for name in (f"{weights_path.stem}.config.json", CONFIG_NAME):
-        if (neighbour := weights_path.with_name(name)).is_file():
-            return _read_config(neighbour), str(neighbour)
-    return _infer_config(state, weights_path), "sizes inferred from the file's own shapes"
+    if beside := config_beside(weights):
+        return _read_config(beside, state, era), str(beside)
+    try:
+        arguments = infer_arguments(era, {n: tuple(t.shape) for n, t in state.items()})
+        inferred = LMConfig(**arguments, tie_word_embeddings=_looks_tied(state, era))
+    except ValueError as error:
+        raise CheckpointError(f"{weights}: {error}") from None
+    return inferred, "sizes inferred from the file's own shapes"
 
 
-def _read_config(path: Path) -> LMConfig:
+def _read_config(path: Path, state: Mapping[str, Tensor], era: str) -> LMConfig:
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file at {path}; check the path")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not valid JSON ({error}); correct it or pass config as a dictionary"
         ) from error
-    return _config_from(content, str(path))
+    return _config_from(content, str(path), state, era)
 
 
-def _config_from(content: Any, source: str) -> LMConfig:
+def _config_from(content: Any, source: str, state: Mapping[str, Tensor], era: str) -> LMConfig:
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{source}: expected a JSON object of LMConfig's arguments, got {_describe(content)}; "
             'write it as {"dim": 512, "n_layers": 8}'
         )
     try:
-        return LMConfig(**{key: value for key, value in content.items() if key != "model_type"})
+        arguments = file_arguments(content, era)
+        if "hidden_size" in content:  # words in which nothing said of tying has no one meaning
+            arguments.setdefault("tie_word_embeddings", _looks_tied(state, era))
+        return LMConfig(**arguments)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {error}") from error
 
 
-def _infer_config(state: Mapping[str, Tensor], path: Path) -> LMConfig:
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    layers = [int(found[1]) for name in shapes if (found := re.match(r"layers\.(\d+)\.", name))]
-    gate = shapes.get("layers.0.feed_forward.gate.weight")
-    inner = "layers.0.feed_forward." + ("w1.weight" if gate is None else "experts.0.w1.weight")
-    table = shapes.get(_EMBEDDING) or shapes.get(_HEAD)
-    keys = shapes.get("layers.0.attention.wk.weight")
-    usual = LMConfig()
-    if (
-        table is None
-        or keys is None
-        or inner not in shapes
-        or any(len(shape) != 2 for shape in (table, keys, shapes[inner]))
-    ):
-        raise CheckpointError(
-            f"{path}: the sizes cannot be inferred, expected {_EMBEDDING}, "
-            f"layers.0.attention.wk.weight and {inner}, got {_some(sorted(shapes))}; the file is "
-            "incomplete"
-        )
-    vocab_size, dim = table
-    if dim % (2 * usual.n_heads) or keys[0] * usual.n_heads != dim * usual.n_kv_heads:
-        raise CheckpointError(
-            f"{path}: the number of heads cannot be inferred, expected the usual {usual.n_heads} "
-            f"query and {usual.n_kv_heads} key heads, got wk of shape {list(keys)} at dim {dim}; "
-            "pass config with n_heads and n_kv_heads"
-        )
-    experts: dict[str, Any] = {}
-    if gate is not None:
-        shared = any(".shared_experts." in name for name in shapes)
-        experts = {"use_moe": True, "n_routed_experts": gate[0], "n_shared_experts": int(shared)}
-        experts["num_experts_per_tok"] = min(usual.num_experts_per_tok, gate[0])
-    return LMConfig(
-        dim=dim,
-        vocab_size=vocab_size,
-        n_layers=max(layers) + 1,
-        hidden_dim=shapes[inner][0],
-        **experts,
-    )
+def _tied_names(era: str) -> tuple[str, str]:
+    """The names of the two tensors that are one where embedding and head are tied."""
+    names = ERAS[era].names
+    return names.path(f"{names.embedding}.weight"), f"{names.head}.weight"
 
 
-def _complete_tied(state: dict[str, Tensor], path: Path) -> None:
-    """Let the one tensor that the file has stand for both names; two must agree."""
-    here = [state[name] for name in (_EMBEDDING, _HEAD) if name in state]
+def _looks_tied(state: Mapping[str, Tensor], era: str) -> bool:
+    here = [state[name] for name in _tied_names(era) if name in state]
+    return len(here) < 2 or here[0].shape != here[1].shape or bool(_same(*here))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
     # NaN differs from itself but has a message of its own.
-    if len(here) == 2 and not torch.equal(*(tensor.float().nan_to_num() for tensor in here)):
+    return torch.equal(one.float().nan_to_num(), other.float().nan_to_num())
+
+
+def _tie(model: MiniMindLM) -> None:
+    head: Any = model.get_output_embeddings()
+    head.weight = model.get_input_embeddings().weight
+
+
+def _complete_tied(state: dict[str, Tensor], names: tuple[str, str], path: Path) -> None:
+    """Let the one tensor that the file has stand for both names; two must agree."""
+    here = [state[name] for name in names if name in state]
+    if len(here) == 2 and not _same(*here):
         raise CheckpointError(
-            f"{path}: {_EMBEDDING} and {_HEAD} differ, expected one shared tensor; pass config "
+            f"{path}: {' and '.join(names)} differ, expected one shared tensor; pass config "
             "with tie_word_embeddings=False if they were trained apart"
         )
     if here:
-        state[_EMBEDDING] = state[_HEAD] = here[0]
+        state.update(dict.fromkeys(names, here[0]))
 
 
 def _check_names_and_shapes(
@@ -341,7 +354,7 @@ def _check_names_and_shapes(
         if name in state and state[name].shape != expected[name].shape
     ]
     groups = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
-    faults = [f"{kind}: {_some(names)}" for kind, names in groups.items() if names]
+    faults = [f"{kind}: {some(names)}" for kind, names in groups.items() if names]
     if faults:
         raise CheckpointError(
             f"{path} does not fit {source}; {'; '.join(faults)}; pass the config that the weights "
@@ -365,18 +378,13 @@ def _converted(state: Mapping[str, Tensor], dtype: torch.dtype, path: Path) -> d
                 bad.append(name)
     if bad:
         raise CheckpointError(
-            f"{path}: NaN or infinite values as {dtype} in {_some(bad)}; the training that wrote "
+            f"{path}: NaN or infinite values as {dtype} in {some(bad)}; the training that wrote "
             "them diverged or the dtype is too narrow: take an earlier checkpoint or a wider dtype"
         )
     return {name: copies[id(tensor)] for name, tensor in state.items()}
 
 
-def _some(names: Sequence[str], limit: int = 6) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
-
-
 def _describe(content: Any) -> str:
     if isinstance(content, Mapping):
-        return f"a dictionary with {_some([str(key) for key in content])}"
+        return f"a dictionary with {some([str(key) for key in content])}"
     return f"a {type(content).__name__}"

@@ -18,7 +18,7 @@ from tiny_minimind import (  # noqa: F401 - one_thread acts by itself
 )
 from torch import nn
 
-from minimind.checkpoint import CheckpointError, load_model, recognise_era, save_model
+from minimind.checkpoint import CheckpointError, load_model, save_model
 from minimind.config import LMConfig
 from minimind.model import MiniMindLM
 
@@ -104,7 +104,7 @@ def test_neighbouring_configuration_is_found_the_nearer_name_first(tmp_path):
     old = {**SIZES, "rope_theta": 7.0, "model_type": "minimind", "flash_attn": True}
     (tmp_path / "a.config.json").write_text(json.dumps(old))
     model = load_model(path)
-    assert (model.config.rope_theta, model.config.model_type) == (7.0, "minimind-2025-02")
+    assert (model.config.rope_theta, model.config.model_type) == (7.0, "minimind")
 
 
 @pytest.mark.parametrize(
@@ -132,46 +132,6 @@ def test_unusual_heads_are_asked_for(kind):
 def test_config_of_another_type_is_named(tmp_path):
     with pytest.raises(TypeError, match="config must be .* got int"):
         load_model(stored(tmp_path / "a.pth"), 512)
-
-
-# --- eras -----------------------------------------------------------------------------------------
-
-LATER = {
-    "model.embed_tokens.weight": (128, 64),
-    "model.layers.0.self_attn.q_proj.weight": (64, 64),
-    "model.layers.0.mlp.gate_proj.weight": (192, 64),
-    "lm_head.weight": (128, 64),
-}
-NORMED = {**LATER, "model.layers.0.self_attn.q_norm.weight": (16,)}
-
-
-def test_eras_are_told_from_names_and_shapes():
-    for kind in ("dense", "moe"):
-        state = load_file(GOLDEN / f"minimind-2025-02-{kind}.weights.safetensors")
-        assert recognise_era({name: t.shape for name, t in state.items()}) == "2025-02"
-    assert recognise_era(LATER) == "2025-04"
-    assert recognise_era(NORMED) == "2026-03"
-
-
-@pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        ({"wte.weight": (8, 8)}, "fit none .*wte.weight"),
-        ({}, "no tensors at all"),
-        ({**LATER, "layers.0.attention.wq.weight": (64, 64)}, "several: 2025-02, 2025-04"),
-        ({"layers.0.attention.wq.lora.A.weight": (8, 64)}, "LoRA adapter.*load_lora"),
-    ],
-)
-def test_what_is_of_no_era_is_refused(names, words):
-    with pytest.raises(CheckpointError, match=words):
-        recognise_era(names)
-
-
-@pytest.mark.parametrize(("era", "names"), [("2025-04", LATER), ("2026-03", NORMED)])
-def test_later_eras_are_named_and_refused(tmp_path, era, names):
-    torch.save({name: torch.zeros(shape) for name, shape in names.items()}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=f"MiniMind {era}; this version runs 2025-02"):
-        load_model(tmp_path / "a.pth")
 
 
 # --- refusals -------------------------------------------------------------------------------------

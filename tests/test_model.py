@@ -21,14 +21,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from minimind.config import LMConfig
-from minimind.model import (
-    MiniMindLM,
-    MoEFeedForward,
-    RMSNorm,
-    attention_pattern,
-    rotary_angles,
-    rotate_pairs,
-)
+from minimind.layers import RMSNorm, attention_pattern, rotary_angles, rotate_pairs
+from minimind.model import MiniMindLM
+from minimind.moe import MoEFeedForward
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
@@ -164,7 +159,7 @@ def plain_mixture(layer, x):
         for s in range(x.shape[1]):
             score = (layer.gate.weight @ x[b, s]).softmax(-1)
             best = score.argsort(descending=True)[:config_k]
-            total = score[best].sum() if layer.gate.norm_topk_prob and config_k > 1 else 1.0
+            total = score[best].sum() if layer.gate.normalises else 1.0
             for e in best:
                 y[b, s] += score[e] / total * layer.experts[e](x[b, s])
                 share[b, e] += 1 / (config_k * x.shape[1])
