@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from lora_kernels import disable_lora, load_lora
+from lora_kernels import disable_lora
 
+from .checkpoint import load_adapter
 from .data import Conversation
 from .generate import answer
 from .model import MiniMindLM
@@ -30,7 +31,7 @@ def chat(options: argparse.Namespace) -> None:
         if options.compare and options.lora is None:
             raise ValueError("--compare needs an adapter to compare with; name one by --lora")
         if options.lora is not None:
-            load_lora(model, options.lora)
+            load_adapter(model, options.lora)
         sampling = {
             "max_new_tokens": options.max_new_tokens,
             "temperature": options.temperature,

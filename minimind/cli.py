@@ -17,6 +17,7 @@ _EPILOG = """examples:
   minimind finetune --data mine.jsonl --out out/mine --rank 8 --alpha 16
   minimind chat --lora out/identity-1/adapter.safetensors --compare
   minimind merge --lora out/identity-1/adapter.safetensors --out out/robin
+  minimind export --to hf out/robin-hf --lora out/identity-1/adapter.safetensors --merge
 """
 
 
@@ -66,6 +67,30 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", default="bfloat16", help="float32, bfloat16 or float16 (default: bfloat16)"
     )
 
+    export = add("export", "write a model for vLLM, SGLang and others, or as a .pth", _export)
+    export.description = (
+        "Write a model as a directory that transformers loads as Llama, Qwen3 or another "
+        "architecture that computes the very same, with tokenizer, chat template and generation "
+        "config, for programs that take such directories; or as a .pth for the MiniMind project "
+        "of the same era. What is written is loaded and compared before it takes its place."
+    )
+    export.add_argument("out", metavar="OUT", help="directory to write, or the .pth file")
+    export.add_argument(
+        "--to",
+        choices=("hf", "pth"),
+        default="hf",
+        help="hf: a transformers directory; pth: the original project's file (default: hf)",
+    )
+    _add_model_options(export)
+    export.add_argument(
+        "--merge",
+        action="store_true",
+        help="fold the adapter in, in float32; without, it goes to OUT/adapter in PEFT's format",
+    )
+    export.add_argument(
+        "--dtype", default="bfloat16", help="float32, bfloat16 or float16 (default: bfloat16)"
+    )
+
     info = add("info", "say what a model, an adapter or this machine is", _info)
     info.add_argument(
         "path", nargs="?", help="a model directory, a weight file or an adapter (default: machine)"
@@ -74,7 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", help="model directory or weight file (default: the shipped)")
+    parser.add_argument(
+        "--base", help="model directory or weight file of any era (default: the shipped)"
+    )
     parser.add_argument("--lora", help="adapter file that `minimind finetune` wrote")
     parser.add_argument("--tokenizer", help="directory of the tokenizer (default: the base's own)")
 
@@ -146,6 +173,12 @@ def _merge(options: argparse.Namespace) -> None:
     from .commands import merge
 
     merge(options)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .export import export
+
+    export(options)
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -9,11 +9,12 @@ import torch
 import transformers
 
 import lora_kernels
-from lora_kernels import explain, load_lora, merge_lora
+from lora_kernels import explain
 from lora_kernels.adapters.storage import holds_adapter, read_adapter
-from lora_kernels.adapters.surgery import lora_layers
 
-from .checkpoint import load_model, save_model
+from .checkpoint import config_beside, load_adapter, load_model, save_model, weights_path
+from .eras import adapter_eras, untraceable
+from .export import fold
 from .prepare import choose_device, load_base, unused, user_errors
 from .report import program
 from .settings import Settings
@@ -34,17 +35,11 @@ def merge(options: argparse.Namespace) -> None:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {options.dtype!r}")
         out = unused(options.out)
         model, tokenizer = load_base(Settings(base=options.base, tokenizer=options.tokenizer))
-        load_lora(model, options.lora)
-        deltas = {name: layer.delta_weight() for name, layer in lora_layers(model).items()}
-        merged = merge_lora(model)
+        load_adapter(model, options.lora)
+        dtype = DTYPES[options.dtype]
+        report = fold(model, dtype)
         out.mkdir(parents=True, exist_ok=True)
-    dtype = DTYPES[options.dtype]
-    print(f"merged {len(merged)} modules in float32; what is lost by saving in {options.dtype}:")
-    for name in merged:
-        weight = model.get_parameter(f"{name}.weight").detach()
-        size = deltas[name].norm()
-        lost = (weight.to(dtype).float() - weight).norm() / size if size else 0.0
-        print(f"  {name}: {lost:.2%} of the adapter's own size")
+    print("\n".join(report))
     save_model(model, out, dtype)
     save_tokenizer(tokenizer, out)
     print(f"wrote {out}/\nnext:  {program()} chat --base {out}")
@@ -90,7 +85,11 @@ def _is_adapter(path: Path) -> bool:
 def _adapter(path: Path) -> list[str]:
     pairs, described = read_adapter(path)
     count = sum(tensor.numel() for pair in pairs.values() for tensor in pair.values())
-    lines = [f"LoRA adapter {path}: {count:,} parameters on {len(pairs)} modules"]
+    eras = " or ".join(adapter_eras(pairs))
+    lines = [
+        f"LoRA adapter {path}: {count:,} parameters on {len(pairs)} modules"
+        + (f" of a MiniMind of {eras}" if eras else "")
+    ]
     for name, pair in pairs.items():
         scale = f", scale {described[name].scale:g}" if name in described else ""
         dtype = str(pair["A"].dtype).removeprefix("torch.")
@@ -101,9 +100,14 @@ def _adapter(path: Path) -> list[str]:
 def _model(path: Path) -> list[str]:
     model = load_model(path)
     config = model.config
-    return [
-        f"MiniMind 2025-02 model {path}: {sum(p.numel() for p in model.parameters()):,} parameters",
+    lines = [
+        f"MiniMind {config.era} model {path}: {sum(p.numel() for p in model.parameters()):,} "
+        "parameters",
         f"  dim {config.dim}, {config.n_layers} layers, {config.n_heads} heads, "
         f"{config.n_kv_heads} key-value heads, hidden {config.hidden_dim}, "
         f"vocabulary {config.vocab_size}{', mixture of experts' if config.use_moe else ''}",
     ]
+    if config_beside(weights_path(path)) is None:
+        assumed = (f"{n} {getattr(config, n)}" for n in untraceable(config.era, config.use_moe))
+        lines.append(f"  not in the file, taken as usual then: {', '.join(assumed)}")
+    return lines

@@ -255,10 +255,16 @@ def _render(conversation: Conversation, tokenizer: Any) -> list[tuple[str, bool]
     for index, turn in enumerate(conversation):
         if turn["role"] != "assistant":
             continue
+        earlier = conversation[:index]
         if index:
-            before = render(conversation[:index], prompt=True)
+            before = render(earlier, prompt=True)
         else:  # templates need not render an empty conversation; a private-use character stands in
             before = render([{**turn, "content": "\ue000"}]).partition("\ue000")[0]
+        if "</think>" in turn["content"] and not text.startswith(before):
+            # The prompt holds an empty thought, which templates write before plain answers; of a
+            # turn that thinks aloud, the thought is the assistant's own.
+            thought = {**turn, "content": "<think>\ue000</think>\ue000"}
+            before = render([*earlier, thought]).partition("\ue000")[0]
         after = render(conversation[: index + 1]).rstrip()
         if not (text.startswith(before) and text.startswith(after)):
             raise ValueError(

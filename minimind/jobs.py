@@ -136,7 +136,8 @@ def describe(job: Job) -> str:
         f"  dtype       {name}"
         + ("" if job.dtype == weights else f" products, {str(weights)[6:]} weights"),
         f"  base        {settings.base or ('shipped' if job.lora else 'random')} "
-        f"(dim {config.dim}, {config.n_layers} layers{', MoE' if config.use_moe else ''})",
+        f"({'' if config.era == '2025-02' else config.era + ', '}"
+        f"dim {config.dim}, {config.n_layers} layers{', MoE' if config.use_moe else ''})",
         f"  data        {settings.data}: {len(train):,} conversations, "
         f"{sum(train.lengths):,} tokens{left}",
         f"  held out    {len(job.heldout) if job.heldout else 'nothing (fewer than 20 samples)'}",

@@ -129,6 +129,11 @@ def load_base(settings: Settings) -> tuple[MiniMindLM, Any]:
                 )
     folder = path.parent if path is not None and path.is_file() else path
     own = folder is not None and (folder / "tokenizer.json").is_file()
+    if not own and settings.tokenizer is None and model.config.era != "2025-02":
+        raise ValueError(
+            f"there is no tokenizer.json beside the base {path}, a MiniMind of {model.config.era}, "
+            "and the shipped tokenizer is not its; name the directory of its own by --tokenizer"
+        )
     tokenizer = load_tokenizer(settings.tokenizer or (folder if own else None))
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(

@@ -75,8 +75,8 @@ class Settings:
     out: str | None = _option(None, "directory for results (default: the next free out/NAME-N)")
     base: str | None = _option(
         None,
-        "model to start from: a directory or a weight file; 'random' for fresh weights "
-        "(default: finetune takes the shipped model, sft starts from random)",
+        "model to start from: a directory or a weight file of any era of MiniMind; 'random' for "
+        "fresh weights (default: finetune takes the shipped model, sft starts from random)",
     )
     tokenizer: str | None = _option(
         None, "directory of the tokenizer (default: the base's own if it has one, else the shipped)"
@@ -102,8 +102,8 @@ class Settings:
     dropout: float = _option(0.0, "dropout on the LoRA branch's input", lora=True)
     targets: str | None = _option(
         None,
-        "modules to adapt: names or endings with commas between (wq,wv), all-linear, or a regular "
-        "expression (default: the square linears)",
+        "modules to adapt: names or endings with commas between (wq,wv; from 2025-04 on "
+        "q_proj,v_proj), all-linear, or a regular expression (default: the square linears)",
         lora=True,
     )
     device: str = _option("auto", "cpu, cuda, or auto")
