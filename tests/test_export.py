@@ -49,7 +49,7 @@ def expected(here, adapter=None):
 @pytest.mark.parametrize("era", ERAS)
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_transformers_loads_it_with_tokenizer_template_and_ids(here, era, use_moe, capsys):
-    make_base(here / "base", era=era, use_moe=use_moe, vocab_size=6500)
+    make_base(here / "base", era=era, use_moe=use_moe, vocab_size=6500, eos_token_id=7)
     save_tokenizer(load_tokenizer(), here / "base")
     assert main(["export", "--to", "hf", "x", "--base", "base", "--dtype", "float32"]) == 0
     said = capsys.readouterr().out
@@ -68,6 +68,7 @@ def test_transformers_loads_it_with_tokenizer_template_and_ids(here, era, use_mo
     generation = transformers.GenerationConfig.from_pretrained("x")
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 0)
     config = json.loads((here / "x" / "config.json").read_text())
+    assert config["eos_token_id"] == 2  # the tokenizer's, which the template ends turns with
     assert config["architectures"] == [f"{kind}ForCausalLM"] and config["rope_theta"] == 1e6
 
 
@@ -241,6 +242,22 @@ def test_what_does_not_compute_the_same_is_not_left_behind(here, monkeypatch, ca
     assert main(["export", "x", "--base", "base"]) == 2
     assert "computes other logits from the exported Llama" in capsys.readouterr().err
     assert not (here / "x").exists() and not list(here.glob(".x*"))
+
+
+def test_an_adapter_that_does_not_compute_the_same_is_not_left_behind(
+    here, adapter, monkeypatch, capsys
+):
+    def unturned(model, layout, twin):
+        names = copy_adapter(model, layout, twin)
+        with torch.no_grad():
+            b = twin.get_submodule(names[0]).lora.B.weight
+            b.copy_(b.flip(0))
+
+    copy_adapter = module.copy_adapter
+    monkeypatch.setattr(module, "copy_adapter", unturned)
+    assert main(["export", "x", "--base", "base", "--lora", adapter]) == 2
+    assert "computes other logits" in capsys.readouterr().err
+    assert not (here / "x").exists()
 
 
 def test_a_failed_move_puts_the_earlier_export_back(here, monkeypatch):

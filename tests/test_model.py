@@ -90,6 +90,16 @@ def test_rotary_is_a_complex_product():
                 )
 
 
+def test_later_rotary_turns_the_halves_of_a_head():
+    positions, x = torch.tensor([[0, 1, 7, 500]]), torch.randn(1, 4, 3, 10)
+    cos, sin = rotary_angles(positions, 10, 1e4)
+    ours = rotate_pairs(x, cos, sin, interleaved=False)
+    for p in range(5):
+        pair = torch.stack((x[..., p], x[..., p + 5]), dim=-1)
+        turned = rotate_pairs(pair, cos[..., p : p + 1], sin[..., p : p + 1])
+        assert torch.equal(ours[..., [p, p + 5]], turned)
+
+
 def test_rotary_angles_need_no_table_and_keep_float32():
     cos, sin = rotary_angles(torch.tensor([[9]]), 8, 1e6)
     assert cos.dtype == sin.dtype == torch.float32 and cos.shape == (1, 1, 1, 4)
