@@ -36,7 +36,7 @@ from .report import (
     program,
     read_metrics,
 )
-from .tokenizer import save_tokenizer
+from .tokenizer import TOKENIZER_DIRECTORY, save_tokenizer
 from .training import Progress, evaluate
 
 MOST_ANSWERED = 100
@@ -143,6 +143,10 @@ def describe(job: Job) -> str:
         f"  held out    {len(job.heldout) if job.heldout else 'nothing (fewer than 20 samples)'}",
         f"  steps       {job.trainer.total_steps:,} ({settings.epochs} epochs)",
     ]
+    if settings.base not in (None, "random") and job.tokenizer.name_or_path == str(
+        TOKENIZER_DIRECTORY
+    ):
+        lines.insert(4, "  tokenizer   shipped: none beside the base (--tokenizer names another)")
     if job.lora:
         first = job.model.get_submodule(job.adapted[0])
         lines.insert(3, f"  path        {explain(first)}")

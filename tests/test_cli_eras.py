@@ -31,6 +31,7 @@ def test_finetune_chat_merge_and_info_take_a_later_era(here, later, targets, cap
     parts = ["self_attn.v_proj", "mlp.down_proj"] if targets else ["self_attn.q_proj"]
     assert all(f"apply lora on module: model.layers.0.{part}" in said for part in parts)
     assert f"base        base ({later}, dim 64, 1 layers)" in said
+    assert "tokenizer   shipped" not in said
     adapter = "o/adapter.safetensors"
     before, after = re.search(r"held-out loss +([\d.]+) -> +([\d.]+)", said).groups()
     assert float(after) < float(before)
@@ -44,6 +45,13 @@ def test_finetune_chat_merge_and_info_take_a_later_era(here, later, targets, cap
     said = capsys.readouterr().out
     assert f"MiniMind {later} model m" in said and "not in the file" not in said
     assert main(["chat", "--base", "m", "--prompt", "Hi"]) == 0
+
+
+def test_a_shipped_tokenizer_that_stands_in_is_said(here, capsys):
+    assert finetune("--out", "o") == 0
+    said = capsys.readouterr().out
+    line = "  tokenizer   shipped: none beside the base (--tokenizer names another)\n"
+    assert f"(dim 64, 1 layers)\n{line}  data  " in said
 
 
 def test_sft_goes_on_from_a_later_era(here, later, capsys):

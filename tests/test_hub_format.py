@@ -175,6 +175,9 @@ def test_an_untranslated_adapter_of_2025_02_is_refused_on_the_written_model(tmp_
     twin = written(model, tmp_path / "model")
     with pytest.raises(AdapterMismatchError, match="the model has no module 'layers.0.attention"):
         load_lora(twin, tmp_path / "adapter")
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="[Tt]arget modules .* not found"):
+        peft.PeftModel.from_pretrained(twin, tmp_path / "adapter")
 
 
 def test_an_adapter_on_attention_stays_apart_from_experts(tmp_path):
