@@ -1,5 +1,6 @@
 """LoRA linears at nearly the cost of the frozen layer."""
 
+from .adapters.accelerate import PeftReport, accelerate_peft
 from .adapters.storage import AdapterMismatchError, load_lora, lora_state_dict, save_lora
 from .adapters.surgery import (
     apply_lora,
@@ -22,6 +23,8 @@ __all__ = [
     "LoRA",
     "LoRAConfig",
     "LoRALinear",
+    "PeftReport",
+    "accelerate_peft",
     "apply_lora",
     "disable_lora",
     "explain",

@@ -68,6 +68,13 @@ def fill(parameters):
             parameter.normal_(std=0.2)
 
 
+def recompute_activations(model, use_reentrant):
+    """Activation checkpointing of a transformers model, under the name its version has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
 DROP = object()
 
 # Each way of making an adapter; patterns name the second target of every model.

@@ -1,0 +1,125 @@
+"""Make a live PEFT model run on these kernels, and give it back.
+
+peft is imported when `accelerate_peft` is called, not before: the package does not need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import nn
+
+from ..dispatch import explain
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, repr=False)
+class PeftReport:
+    """How a PEFT model stands after `accelerate_peft`; ``print`` it.
+
+    Attributes:
+        taken: names of the layers that run on these kernels, in module order.
+        handing_over: those of ``taken`` whose calls PEFT serves as things stand, with the reason:
+            merged, disabled, a DoRA adapter … It is looked at anew in each call.
+        left: names of the adapter layers that were not touched, with the reason.
+        path: what `explain` says of the first layer taken, empty if there is none.
+    """
+
+    taken: tuple[str, ...]
+    handing_over: Mapping[str, str]
+    left: Mapping[str, str]
+    path: str
+
+    def __str__(self) -> str:
+        lines = [
+            f"accelerate_peft: {len(self.taken)} of {len(self.taken) + len(self.left)} adapter "
+            "layers taken"
+        ]
+        if self.taken:
+            lines += [f"  taken: {_shortened(self.taken)}", f"  path: {self.path}"]
+        for title, reasons in (
+            ("taken, but PEFT serves their calls for now", self.handing_over),
+            ("left to PEFT", self.left),
+        ):
+            if reasons:
+                lines.append(f"  {title}: {len(reasons)}")
+            for reason in dict.fromkeys(reasons.values()):
+                names = [name for name in reasons if reasons[name] == reason]
+                lines.append(f"    {reason}: {_shortened(names)}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def accelerate_peft(model: nn.Module, *, undo: bool = False) -> PeftReport:
+    """Make the LoRA linears of a live PEFT model run on `lora_linear`, in place.
+
+    Takes every module that is exactly ``peft.tuners.lora.layer.Linear``, whether it came there by
+    ``get_peft_model``, ``PeftModel.from_pretrained`` or ``add_adapter`` of transformers. Parameters
+    and names stay what they are, and so do all of PEFT's methods: save, merge, switch, add, disable
+    and delete as before. What the kernels do not compute goes to PEFT's own forward call by call
+    (several active adapters, merged ones, DoRA, ``lora_bias``, quantised weights, hooks …).
+    Results are PEFT's up to rounding: where float32 adapters sit on a narrower base, the branch is
+    multiplied in the base's dtype, as under autocast, and the gradients are float32.
+
+    Call it again after adding an adapter to further modules. Do it before DDP, ``fully_shard`` and
+    ``torch.compile``. The gradient can be taken once only: no ``create_graph=True``.
+
+    Args:
+        model: a PEFT model, or any module with PEFT's layers in it.
+        undo: give the layers back to PEFT instead; also for a copy, or a model unpickled.
+
+    Returns:
+        What was taken, what was left and why, as `PeftReport`.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: it has no layer of PEFT's.
+        ImportError: peft is missing or older than 0.17.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    library = _import_peft_layer()
+    fast = library.FastLinear
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, library.BaseTunerLayer)}
+    if not layers:
+        raise ValueError(
+            "model has no PEFT adapter layer; call peft.get_peft_model first, or put LoRA in with "
+            "lora_kernels.apply_lora, which needs no acceleration"
+        )
+    if undo:
+        back = [layer for layer in layers.values() if type(layer) is fast]
+        for layer in back:
+            layer.__class__ = library.Linear
+        return PeftReport((), {}, dict.fromkeys(layers, "acceleration undone"), "")
+    left = {
+        name: reason
+        for name, layer in layers.items()
+        if type(layer) is not fast and (reason := library.lasting_refusal(layer))
+    }
+    taken = {name: layer for name, layer in layers.items() if name not in left}
+    for layer in taken.values():
+        layer.__class__ = fast
+    handing_over = {
+        name: parts for name, layer in taken.items() if isinstance(parts := layer.parts(), str)
+    }
+    path = explain(next(iter(taken.values()))) if taken else ""
+    return PeftReport(tuple(taken), handing_over, left, path)
+
+
+def _import_peft_layer() -> ModuleType:
+    try:
+        from . import peft_layer
+    except ImportError as error:
+        raise ImportError(
+            f"accelerate_peft needs peft 0.17 or newer ({error}); pip install --upgrade peft"
+        ) from error
+    return peft_layer
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,171 @@
+"""`FastLinear`, PEFT's LoRA linear on these kernels. The only file that imports peft.
+
+`accelerate` imports it when it is called, and unpickling an accelerated model does; both need peft
+anyhow. The class adds no attribute, so that turning a layer's ``__class__`` to it and back is all
+there is to taking it and giving it back.
+
+The road not taken: a ``forward`` bound to each layer. Such a model cannot be pickled, and a deep
+copy of it computes with the weights of the original.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from ..linear.autograd import lora_linear
+from ..linear.module import DTYPES
+
+if not hasattr(Linear, "resolve_lora_variant"):
+    raise ImportError("its lora.Linear has no variants")
+
+
+class Parts(NamedTuple):
+    """What `lora_linear` takes besides x."""
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    bias: Tensor | None
+    scale: float
+    dropout_p: float
+    training: bool
+
+
+class FastLinear(Linear):
+    """``peft.tuners.lora.layer.Linear`` whose plain case is one `lora_linear`.
+
+    Each call looks at the layer as it is then: its active adapter, scaling, dropout and dtypes.
+    What `lora_linear` does not compute goes to PEFT's own forward.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``x [..., K]`` to ``y [..., N]``, as PEFT's forward."""
+        parts = "more arguments than x" if args or kwargs else self.parts()
+        if isinstance(parts, str) or _input_refusal(x, parts, self.cast_input_dtype_enabled):
+            return super().forward(x, *args, **kwargs)
+        weight, lora_a, lora_b, bias, scale, dropout_p, training = parts
+        return lora_linear(
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            bias,
+            scale=scale,
+            dropout_p=dropout_p,
+            training=training,
+        )
+
+    def parts(self) -> Parts | str:
+        """What a call would hand to `lora_linear`, or the reason why PEFT's forward serves it."""
+        if self._disable_adapters:
+            return "its adapters are disabled"
+        if self.merged_adapters:
+            return "an adapter is merged into its weight"
+        factors_a: Any = self.lora_A
+        # An adapter may be active in the model and absent here.
+        names = [name for name in self.active_adapters if name in factors_a]
+        if len(names) != 1:
+            return f"{len(names)} of its adapters are active, not one"
+        name = names[0]
+        if name in self.lora_variant:
+            variant = type(self.lora_variant[name]).__name__
+            return f"adapter {name!r} is not plain LoRA ({variant})"
+        if reason := _base_refusal(self):
+            return reason
+        base: Any = self.base_layer
+        factor_a, factor_b = factors_a[name], self.lora_B[name]
+        dropout: Any = self.lora_dropout[name]
+        if type(factor_a) is not nn.Linear or type(factor_b) is not nn.Linear:
+            return "its lora_A or lora_B is not exactly an nn.Linear"
+        if factor_a.bias is not None or factor_b.bias is not None:
+            return f"adapter {name!r} has a bias (lora_bias)"
+        if any(_is_watched(module) for module in (base, factor_a, factor_b, dropout)):
+            return "a hook or a replaced forward sits on its base, factors or dropout"
+        if nn_module._has_any_global_hook():
+            return "hooks on every module are registered with torch"
+        if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+            return "a torch.func transform or torch.jit.trace is at work"
+        dropout_p = 0.0
+        if type(dropout) is nn.Dropout:
+            dropout_p = dropout.p
+            if dropout_p >= 1.0:
+                return "its dropout drops everything"
+        elif type(dropout) is not nn.Identity:
+            return f"its dropout is a {type(dropout).__name__}"
+        scale = self.scaling[name]
+        if not isinstance(scale, (int, float)):
+            return f"its scaling is a {type(scale).__name__}, not a number"
+        weight, lora_a, lora_b, bias = base.weight, factor_a.weight, factor_b.weight, base.bias
+        if reason := _weights_refusal(weight, lora_a, lora_b, bias):
+            return reason
+        return Parts(weight, lora_a, lora_b, bias, scale, dropout_p, dropout.training)
+
+
+def lasting_refusal(layer: BaseTunerLayer) -> str | None:
+    """Why a layer of PEFT's is not to be made a `FastLinear`; None where it is to be."""
+    if type(layer) is not Linear:
+        return f"a {type(layer).__module__}.{type(layer).__name__}, not exactly PEFT's lora.Linear"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced, by an offloading hook, say; accelerate first, then hook"
+    return _base_refusal(layer)
+
+
+def _base_refusal(layer: Linear) -> str | None:
+    if layer.fan_in_fan_out:
+        return "its weight is transposed (fan_in_fan_out)"
+    if type(layer.base_layer) is not nn.Linear:
+        return f"its base is a {type(layer.base_layer).__name__}, not exactly an nn.Linear"
+    return None
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _weights_refusal(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None
+) -> str | None:
+    for tensor in (weight, lora_a, lora_b) if bias is None else (weight, lora_a, lora_b, bias):
+        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+            return f"a weight of it is a {type(tensor).__name__}, not an ordinary tensor"
+        if tensor.dtype not in DTYPES:
+            return f"a weight of it is {tensor.dtype}"
+        if tensor.device != weight.device or tensor.is_meta:
+            return "its weights are on the meta device, or on several devices"
+    if weight.dim() != 2 or (bias is not None and bias.dtype != weight.dtype):
+        return "its weight and bias are not those of an nn.Linear"
+    rank = lora_a.shape[0]
+    if lora_a.shape != (rank, weight.shape[1]) or lora_b.shape != (weight.shape[0], rank):
+        return "its lora_A and lora_B do not fit its weight"
+    return None
+
+
+def _input_refusal(x: Tensor, parts: Parts, casting: bool) -> str | None:
+    weight, lora_a, lora_b = parts[:3]
+    if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or x.is_nested:
+        return "x is not an ordinary tensor"
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
+        return "x does not fit the weight"  # PEFT's forward raises as ever
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}"
+    if torch.is_autocast_enabled(x.device.type):
+        if torch.float64 in (x.dtype, weight.dtype, lora_a.dtype, lora_b.dtype):
+            return "autocast leaves float64 alone"
+    elif x.dtype != weight.dtype or lora_a.dtype != lora_b.dtype:
+        return "the dtypes differ"
+    elif x.dtype != lora_a.dtype and not casting:
+        return "PEFT's casting of the input is switched off"
+    return None
