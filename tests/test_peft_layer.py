@@ -9,6 +9,8 @@ import pytest
 import torch
 from closeness import assert_close
 
+from lora_kernels import dispatch, use_backend
+
 pytest.importorskip("peft")
 
 from tiny_peft_layer import K, count_served, pair, results
@@ -131,3 +133,18 @@ def test_dropout_acts_in_training_alone(served):
     # The dropout module decides, not the layer: somebody may have put it to eval by itself.
     ours.lora_dropout.eval()
     torch.testing.assert_close(ours(x[:1]), still)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_kernels_serve_it(served, device):
+    if device == "cpu" and not dispatch._interpreting():
+        pytest.skip("Triton's interpreter is off")
+    stock, ours = (layer.to(device) for layer in pair())
+    x = torch.randn(5, K, device=device)
+    truth = results(copy.deepcopy(stock).double(), x.double())
+    with use_backend("triton"):
+        got = results(ours, x)
+    expected = results(stock, x)
+    assert len(served) == 1
+    for name, value in got.items():
+        assert_close(value, expected[name], truth[name], name)

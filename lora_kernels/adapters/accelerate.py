@@ -25,7 +25,7 @@ class PeftReport:
         handing_over: those of ``taken`` whose calls PEFT serves as things stand, with the reason:
             merged, disabled, a DoRA adapter … It is looked at anew in each call.
         left: names of the adapter layers that were not touched, with the reason.
-        path: what `explain` says of the first layer taken, empty if there is none.
+        path: what `explain` says of the first layer that they serve, empty if there is none.
     """
 
     taken: tuple[str, ...]
@@ -39,7 +39,9 @@ class PeftReport:
             "layers taken"
         ]
         if self.taken:
-            lines += [f"  taken: {_shortened(self.taken)}", f"  path: {self.path}"]
+            lines.append(f"  taken: {_shortened(self.taken)}")
+        if self.path:
+            lines.append(f"  path: {self.path}")
         for title, reasons in (
             ("taken, but PEFT serves their calls for now", self.handing_over),
             ("left to PEFT", self.left),
@@ -103,10 +105,10 @@ def accelerate_peft(model: nn.Module, *, undo: bool = False) -> PeftReport:
     taken = {name: layer for name, layer in layers.items() if name not in left}
     for layer in taken.values():
         layer.__class__ = fast
-    handing_over = {
-        name: parts for name, layer in taken.items() if isinstance(parts := layer.parts(), str)
-    }
-    path = explain(next(iter(taken.values()))) if taken else ""
+    parts = {name: layer.parts() for name, layer in taken.items()}
+    handing_over = {name: part for name, part in parts.items() if isinstance(part, str)}
+    served = next((part for part in parts.values() if not isinstance(part, str)), None)
+    path = "" if served is None else explain((served.weight, *served[:4]))
     return PeftReport(tuple(taken), handing_over, left, path)
 
 
