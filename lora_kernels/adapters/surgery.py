@@ -120,6 +120,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     else:
         for suffix in target:
             if not any(_ends_in(name, suffix) for name in modules):
+                if bare := [n for n, _ in model.named_parameters() if _ends_in(n, suffix)]:
+                    raise ValueError(
+                        f"the target {suffix!r} is no module: {bare[0]!r} is a parameter by "
+                        "itself, as fused experts are; only an nn.Linear can be adapted"
+                    )
                 raise ValueError(_no_match(f"the target {suffix!r}", suffix, linears))
         found = [name for name in modules if any(_ends_in(name, suffix) for suffix in target)]
         wish = f"any of {list(target)}"
