@@ -8,12 +8,13 @@ import copy
 import pytest
 import torch
 from closeness import assert_close
+from torch import nn
 
 from lora_kernels import dispatch, use_backend
 
 pytest.importorskip("peft")
 
-from tiny_peft_layer import K, count_served, pair, results
+from tiny_peft_layer import K, N, count_served, pair, results
 
 
 @pytest.fixture
@@ -148,3 +149,31 @@ def test_the_kernels_serve_it(served, device):
     assert len(served) == 1
     for name, value in got.items():
         assert_close(value, expected[name], truth[name], name)
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "fully_shard"])
+def test_wrapped_for_several_processes_afterwards(served, wrapper):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    stock, ours = pair()
+    x, dy = torch.randn(4, K), torch.randn(4, N)
+    stock, block = nn.Sequential(stock, nn.Tanh()), nn.Sequential(ours, nn.Tanh())
+    (expected,) = torch.autograd.grad(stock(x), stock[0].lora_A["default"].weight, dy)
+    factor = ours.lora_A["default"]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        if wrapper == "DDP":
+            wrapped = torch.nn.parallel.DistributedDataParallel(block)
+        else:
+            wrapped = fully_shard(block, mesh=dist.init_device_mesh("cpu", (1,)))
+            assert isinstance(ours.parts(), str)  # DTensors, between the calls
+        y = wrapped(x)
+        y.backward(dy)
+        gradient = factor.weight.grad
+        gradient = gradient.full_tensor() if wrapper == "fully_shard" else gradient
+        torch.testing.assert_close(y, stock(x))
+        torch.testing.assert_close(gradient, expected)
+    finally:
+        dist.destroy_process_group()
+    assert len(served) == 1
