@@ -148,7 +148,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> None:
     from .jobs import run
+    from .parallel import join
     from .prepare import UsageError, prepare
+    from .training import TrainingError
 
     lora = options.command == "finetune"
     defaults = FINETUNE_DEFAULTS if lora else SFT_DEFAULTS
@@ -160,7 +162,13 @@ def _train(options: argparse.Namespace) -> None:
     if options.resume is not None and given:
         names = ", ".join("--" + name.replace("_", "-") for name in given)
         raise UsageError(f"--resume takes its settings from the run; leave out {names}")
-    run(prepare(Settings(**{**defaults, **given}), lora, options.resume))
+    with join(options.parallel) as processes:
+        try:
+            run(prepare(Settings(**{**defaults, **given}), lora, options.resume, processes))
+        except (UsageError, TrainingError):
+            if processes.first:
+                raise
+            raise SystemExit(2) from None  # they are everybody's, and the first one says them
 
 
 def _chat(options: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ def answer(
     temperature: float = 0.0,
     top_p: float = 0.9,
     stream: bool = False,
+    synced: bool = False,
 ) -> list[str]:
     """What the model says next in each conversation, up to its ``</s>``.
 
@@ -34,6 +35,8 @@ def answer(
             of the probability (nucleus sampling, arXiv 1904.09751).
         top_p: in (0, 1], used with a temperature above 0.
         stream: print the answer as it grows; one conversation only.
+        synced: the model is sharded, and all processes call this: those whose answers are short
+            go on until the others' are complete.
 
     Raises:
         ValueError: an argument is out of range, or a conversation leaves no room for an answer.
@@ -78,6 +81,7 @@ def answer(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             streamer=streamer if stream else None,
+            synced_gpus=synced,
             **sampling,
         )
     finally:

@@ -23,6 +23,7 @@ from lora_kernels.adapters.storage import write_atomically
 from .checkpoint import save_model
 from .data import SFTDataset
 from .generate import answer
+from .model import MiniMindLM
 from .prepare import ADAPTER, RESUME, RUN, Job
 from .report import (
     ANSWERS,
@@ -45,11 +46,14 @@ MOST_ANSWERED = 100
 def run(job: Job) -> None:
     """Train a prepared job, evaluate before and after, and write the results.
 
+    Of several processes all call it; the first prints and writes.
+
     Raises:
         TrainingError: the loss is not finite.
         KeyboardInterrupt: after a resume point has been written.
     """
     print(describe(job), flush=True)
+    first = job.processes.first
     prompts, expected = heldout_prompts(job.heldout)
     try:
         before = job.resumed["before"] if job.resumed else look(job, prompts, "before")
@@ -57,33 +61,55 @@ def run(job: Job) -> None:
         with contextlib.suppress(OSError):
             job.out.rmdir()  # still empty: nobody need clean up after a run that never began
         raise
-    write_json(job.out / RUN, resolved(job))
     metrics = job.out / METRICS
-    if not job.resumed:
-        append(metrics, {"event": "before", **_losses(before)})
+    if first:
+        write_json(job.out / RUN, resolved(job))
+        if not job.resumed:
+            append(metrics, {"event": "before", **_losses(before)})
     every, trainer = job.settings.save_interval, job.trainer
-    report = Report(job.out, trainer.step, trainer.total_steps, job.settings.log_interval)
+    report = None
+    if first:
+        report = Report(job.out, trainer.step, trainer.total_steps, job.settings.log_interval)
+    agreed = not job.processes.several
 
     try:
-        with report, deferred_interrupt() as interrupted:
+        with report or contextlib.nullcontext(), deferred_interrupt() as interrupted:
 
             def after_step(progress: Progress) -> None:
-                report.step(progress)
+                nonlocal agreed
+                if report is not None:
+                    report.step(progress)
                 if every and progress.step % every == 0:
                     save_resume_point(job, before)
-                if interrupted.is_set():
+                if job.processes.any(interrupted.is_set()):
+                    agreed = True
                     raise KeyboardInterrupt
 
             trainer.run(after_step)
     except KeyboardInterrupt:
-        if trainer.updating:
+        if trainer.updating or not agreed:
             print("\nstopped within a step; the last resume point, if there is one, stands")
             raise
         save_resume_point(job, before)
-        print(f"\nstopped; go on with: {program()} {job.command} --resume {job.out}")
+        again = f"{job.processes.launcher(program())} {job.command} --resume {job.out}"
+        again += " --parallel fsdp" if job.processes.sharded else ""
+        print(f"\nstopped; go on with: {again}")
         raise
     save_weights(job)
     after = look(job, prompts, "after")
+    if first:
+        write_results(job, prompts, expected, before, after)
+
+
+def write_results(
+    job: Job,
+    prompts: list[str],
+    expected: list[str],
+    before: dict[str, Any],
+    after: dict[str, Any],
+) -> None:
+    """Write what the run came to, print it, and take the resume point away."""
+    metrics = job.out / METRICS
     append(metrics, {"event": "after", **_losses(after)})
     for row in zip(prompts, expected, before["answers"], after["answers"], strict=True):
         append(
@@ -156,6 +182,8 @@ def describe(job: Job) -> str:
         )
     else:
         lines.append(f"parameters: {total:,}, all trained")
+    if job.processes.several:
+        lines.insert(2, f"  processes   {job.processes.size} ({job.processes.strategy})")
     return "\n".join(lines)
 
 
@@ -187,14 +215,21 @@ def heldout_prompts(heldout: SFTDataset | None) -> tuple[list[str], list[str]]:
 
 
 def look(job: Job, prompts: list[str], when: str) -> dict[str, Any]:
-    """Losses of the model as it is now, and its answers to ``prompts``: a Side as a dictionary."""
+    """Losses of the model as it is now, and its answers to ``prompts``: a Side as a dictionary.
+
+    The processes share the losses. Each gives all the answers, in the very batches of one process:
+    other ones would round otherwise, and a greedy answer can hang on the last bit.
+    """
     print(f"evaluating {when} training ...", flush=True)
 
     def loss(dataset: SFTDataset | None) -> float | None:
-        return evaluate(job.model, dataset, job.device, job.dtype) if dataset else None
+        if dataset is None:
+            return None
+        return evaluate(job.model, dataset, job.device, job.dtype, processes=job.processes)
 
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    answers = answer(job.model, job.tokenizer, conversations) if prompts else []
+    sharded = job.processes.sharded
+    answers = answer(job.model, job.tokenizer, conversations, synced=sharded) if prompts else []
     return asdict(Side(loss(job.heldout), loss(job.base_heldout), answers))
 
 
@@ -204,6 +239,7 @@ def _losses(side: dict[str, Any]) -> dict[str, Any]:
 
 def resolved(job: Job) -> dict[str, Any]:
     """The settings as they came out, and what they ran on."""
+    shape = {"processes": {"count": job.processes.size, "parallel": job.processes.strategy}}
     return {
         "command": job.command,
         "settings": asdict(job.settings),
@@ -211,6 +247,7 @@ def resolved(job: Job) -> dict[str, Any]:
         "dtype": str(job.dtype).removeprefix("torch."),
         "adapted": job.adapted,
         "steps": job.trainer.total_steps,
+        **(shape if job.processes.several else {}),
         "versions": {
             "lora_kernels": lora_kernels.__version__,
             "torch": torch.__version__,
@@ -229,14 +266,29 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def save_weights(job: Job) -> None:
     """Write what was trained: the adapter alone, or the model with its tokenizer."""
     if job.lora:
-        save_lora(job.model, job.out / ADAPTER)
-    else:
-        save_model(job.model, job.out, torch.bfloat16)
+        if job.processes.first or job.processes.sharded:
+            save_lora(job.model, job.out / ADAPTER)
+        return
+    model = job.model
+    if job.processes.sharded:
+        state = job.processes.whole(model.state_dict())
+        with torch.device("meta"):
+            model = MiniMindLM(model.config)
+        if job.processes.first:
+            model.load_state_dict(state, assign=True)
+            model.tie_weights()
+    if job.processes.first:
+        save_model(model, job.out, torch.bfloat16)
         save_tokenizer(job.tokenizer, job.out)
 
 
 def save_resume_point(job: Job, before: dict[str, Any]) -> None:
-    """Write all that an unbroken continuation needs."""
+    """Write all that an unbroken continuation needs. Of several processes, all call it."""
     weights = lora_state_dict(job.model) if job.lora else job.model.state_dict()
-    state = {"weights": weights, "trainer": job.trainer.state_dict(), "before": before}
-    write_atomically(job.out / RESUME, lambda temporary: torch.save(state, temporary))
+    state = {
+        "weights": job.processes.whole(weights),
+        "trainer": job.trainer.state_dict(),
+        "before": before,
+    }
+    if job.processes.first:
+        write_atomically(job.out / RESUME, lambda temporary: torch.save(state, temporary))

@@ -24,6 +24,7 @@ from .checkpoint import load_model
 from .config import LMConfig
 from .data import DATA_DIRECTORY, Conversation, SFTDataset, find_data, read_conversations
 from .model import MiniMindLM
+from .parallel import ALONE, Processes
 from .settings import Settings
 from .tokenizer import load_tokenizer
 from .training import DTYPES, Trainer, best_dtype
@@ -63,6 +64,7 @@ class Job:
     trainer: Trainer
     out: Path
     resumed: dict[str, Any] | None
+    processes: Processes = ALONE
 
     @property
     def command(self) -> str:
@@ -174,56 +176,83 @@ def split(data: str, seed: int) -> tuple[list[Conversation], list[Conversation]]
     return train, [conversations[i] for i in sorted(out)]
 
 
-def prepare(settings: Settings, lora: bool, resume: str | None = None) -> Job:
+def prepare(
+    settings: Settings, lora: bool, resume: str | None = None, processes: Processes = ALONE
+) -> Job:
     """Read and check everything, put LoRA into the model, and make (or take up) the output.
 
     Raises:
-        UsageError: something of the user's is wrong; nothing has been written then.
+        UsageError: something of the user's is wrong; nothing has been written then. Of several
+            processes, all raise it.
     """
     with user_errors():
-        resumed = None
-        if resume is not None:
-            settings, resumed = _read_resume(Path(resume), lora)
-        elif settings.out is not None:
-            unused(settings.out)  # said at once, not after the model has been read
-        device = choose_device(settings.device)
-        dtype = choose_dtype(settings.dtype, device)
-        training = settings.training()
-        model, tokenizer = load_base(settings)
-        max_length = min(settings.max_length, model.config.max_seq_len)
-        train_set, heldout_set = split(settings.data, settings.seed)
-        train = SFTDataset(train_set, tokenizer, max_length, settings.data)
-        heldout = None
-        if heldout_set:
-            heldout = SFTDataset(
-                heldout_set, tokenizer, max_length, f"the held-out split of {settings.data}"
-            )
-        base_heldout = None
-        if lora and settings.base is None and settings.data != "base":
-            others = read_conversations(DATA_DIRECTORY / "base.heldout.jsonl")
-            base_heldout = SFTDataset(others, tokenizer, max_length)
-        torch.manual_seed(settings.seed)
-        adapted: list[str] = []
-        if lora:
-            adapted = apply_lora(
-                model,
-                settings.rank,
-                alpha=settings.alpha,
-                dropout=settings.dropout,
-                target_modules=parse_targets(settings.targets),
-                verbose=False,
-            )
-            mark_only_lora_as_trainable(model)
-        model.to(device)  # type: ignore[arg-type]
-        parameters = lora_parameters(model) if lora else list(model.parameters())
-        trainer = Trainer(model, parameters, train, training, device, dtype)
-        if resumed is not None:
-            _take_up(trainer, model, resumed, lora)
-        out = Path(resume) if resume is not None else _claim_directory(settings)
+        with processes.together():
+            resumed = None
+            if resume is not None:
+                settings, resumed = _read_resume(Path(resume), lora)
+            elif settings.out is not None:
+                unused(settings.out)  # said at once, not after the model has been read
+            device = processes.place(choose_device(settings.device))
+            dtype = choose_dtype(settings.dtype, device)
+            training = settings.training()
+            processes.check(training.batch_size)
+            model, tokenizer = load_base(settings)
+            max_length = min(settings.max_length, model.config.max_seq_len)
+            train_set, heldout_set = split(settings.data, settings.seed)
+            train = SFTDataset(train_set, tokenizer, max_length, settings.data)
+            heldout = None
+            if heldout_set:
+                heldout = SFTDataset(
+                    heldout_set, tokenizer, max_length, f"the held-out split of {settings.data}"
+                )
+            base_heldout = None
+            if lora and settings.base is None and settings.data != "base":
+                others = read_conversations(DATA_DIRECTORY / "base.heldout.jsonl")
+                base_heldout = SFTDataset(others, tokenizer, max_length)
+            torch.manual_seed(settings.seed)
+            adapted: list[str] = []
+            if lora:
+                adapted = apply_lora(
+                    model,
+                    settings.rank,
+                    alpha=settings.alpha,
+                    dropout=settings.dropout,
+                    target_modules=parse_targets(settings.targets),
+                    verbose=False,
+                )
+                mark_only_lora_as_trainable(model)
+            if resumed is not None:
+                _take_up_weights(model, resumed["weights"], lora)
+            processes.seed(settings.seed)
+        if processes.several:
+            _same_everywhere(processes, [train, heldout, base_heldout])
+        spread = processes.spread(model, device)
+        with processes.together():
+            parameters = lora_parameters(model) if lora else list(model.parameters())
+            trainer = Trainer(spread, parameters, train, training, device, dtype, processes)
+            if resumed is not None:
+                with _resuming():
+                    trainer.load_state_dict(resumed["trainer"])
+            out = Path(resume) if resume is not None else None
+            if out is None and processes.first:
+                out = _claim_directory(settings)
+        out = processes.gather(out)[0]
+    assert out is not None
     return Job(
         settings, lora, model, tokenizer, train, heldout, base_heldout, device, dtype, adapted,
-        trainer, out, resumed,
+        trainer, out, resumed, processes,
     )  # fmt: skip
+
+
+def _same_everywhere(processes: Processes, datasets: list[SFTDataset | None]) -> None:
+    """Of several machines, each reads files of its own."""
+    prints = processes.gather([dataset and dataset.fingerprint() for dataset in datasets])
+    for rank, other in enumerate(prints):
+        if other != prints[0]:
+            raise ValueError(
+                f"process {rank} of {processes.size} reads other data, or another tokenizer, than "
+                "the first; give every machine the same files"
+            )
 
 
 def unused(path: str) -> Path:
@@ -256,13 +285,18 @@ def _claim_directory(settings: Settings) -> Path:
     return out
 
 
-def _take_up(trainer: Trainer, model: MiniMindLM, state: dict[str, Any], lora: bool) -> None:
+def _take_up_weights(model: MiniMindLM, weights: dict[str, Any], lora: bool) -> None:
     expected = lora_state_dict(model) if lora else model.state_dict()
-    try:
-        if state["weights"].keys() != expected.keys():
+    with _resuming():
+        if weights.keys() != expected.keys():
             raise ValueError("its weights are of other modules")
-        model.load_state_dict(state["weights"], strict=not lora)
-        trainer.load_state_dict(state["trainer"])
+        model.load_state_dict(weights, strict=not lora)
+
+
+@contextlib.contextmanager
+def _resuming() -> Iterator[None]:
+    try:
+        yield
     except (RuntimeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"the run cannot be resumed: {error}") from error
 

@@ -17,7 +17,7 @@ class TrainingConfig:
 
     Args:
         epochs: passes over the data.
-        batch_size: samples a batch.
+        batch_size: samples a batch, of all processes together.
         lr: peak learning rate.
         warmup_steps: optimizer steps of linear warm-up before the cosine.
         accumulation_steps: batches an optimizer step; the last window of an epoch may be shorter.
@@ -82,7 +82,7 @@ class Settings:
         None, "directory of the tokenizer (default: the base's own if it has one, else the shipped)"
     )
     epochs: int = _option(5, "passes over the data")
-    batch_size: int = _option(16, "conversations a batch")
+    batch_size: int = _option(16, "conversations a batch, of all processes together")
     lr: float = _option(5e-4, "peak learning rate")
     warmup_steps: int = _option(0, "optimizer steps of linear warm-up")
     accumulation_steps: int = _option(1, "batches an optimizer step")
@@ -152,4 +152,11 @@ def add_options(parser: argparse.ArgumentParser, lora: bool, defaults: dict[str,
         "--resume",
         metavar="DIR",
         help="go on with the unfinished run in DIR, with the settings it was started with",
+    )
+    parser.add_argument(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        default="ddp",
+        help="started by torchrun: the whole model in each process (ddp), or a part in each, for a "
+        "base too large for one GPU (fsdp) (default: ddp)",
     )

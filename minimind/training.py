@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lora_kernels.adapters.sharding import whole
+
 from .data import LengthGroupedBatches, SFTDataset
+from .parallel import ALONE, Processes, sharded_like
 from .settings import TrainingConfig
 
 DTYPES = {
@@ -27,7 +30,10 @@ DTYPES = {
 
 
 class TrainingError(ValueError):
-    """Training cannot go on; the message says why and what to change."""
+    """Training cannot go on; the message says why and what to change.
+
+    Of several processes, all raise it or none.
+    """
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class Trainer:
         dataset: the samples.
         config: how.
         device, dtype: where, and the autocast dtype (float32: none). float16 scales the loss.
+        processes: those that share the work; ``model`` is then what `Processes.spread` returned.
     """
 
     def __init__(
@@ -119,7 +126,9 @@ class Trainer:
         config: TrainingConfig,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.model, self.parameters, self.config = model, list(parameters), config
         self.dataset, self.device, self.dtype = dataset, device, dtype
         self.batches = LengthGroupedBatches(dataset.lengths, config.batch_size, config.seed)
@@ -130,6 +139,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.step = 0
         self.updating = False  # while true, the parameters are between two steps
+        self.draws = False  # whether the steps have drawn random numbers
         # Of the moment before an unfinished step, which a resumed run does again.
         self._rng_before: dict[str, Tensor] | None = None
 
@@ -162,7 +172,7 @@ class Trainer:
 
     def _step(self, window: list[list[Tensor]], epoch: int) -> Progress:
         start = time.perf_counter()
-        self._rng_before = self._rng()
+        self._rng_before = before = self._rng()
         lr = learning_rate(
             self.step + 1, self.total_steps, self.config.lr, self.config.warmup_steps
         )
@@ -172,20 +182,25 @@ class Trainer:
         supervised = sum(int(mask[:, 1:].sum()) for _, _, mask in window)
         loss = torch.zeros((), device=self.device)
         aux_loss = torch.zeros((), device=self.device)
-        for x, y, mask in window:
-            share = int(mask[:, 1:].sum()) / supervised
-            x, y, mask = (t.to(self.device, non_blocking=True) for t in (x, y, mask))
-            with autocast(self.device, self.dtype):
-                output = self.model(x, labels=y, loss_mask=mask)
-                part = output.loss * share
-                aux_part = output.aux_loss / len(window)
-            self.scaler.scale(part + aux_part).backward()
+        for index, batch in enumerate(window):
+            rows, counted = self.processes.rows(batch)
+            share = int(rows[2][:, 1:].sum()) / supervised if counted else 0.0
+            aux_share = counted / len(batch[0])
+            x, y, mask = (t.to(self.device, non_blocking=True) for t in rows)
+            with self.processes.accumulating(self.model, more=index + 1 < len(window)):
+                with autocast(self.device, self.dtype):
+                    output = self.model(x, labels=y, loss_mask=mask)
+                    part = output.loss * share
+                    aux_part = output.aux_loss * aux_share / len(window)
+                # The processes' gradients are averaged, the sum is wanted.
+                self.scaler.scale((part + aux_part) * self.processes.size).backward()
             loss += part.detach()
             aux_loss += aux_part.detach()
+        self.draws |= any(not torch.equal(before[name], now) for name, now in self._rng().items())
         self.scaler.unscale_(self.optimizer)
         limit = self.config.grad_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.parameters, limit).item()
-        mean_loss = loss.item()
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, limit)).item()
+        mean_loss, mean_aux_loss = self.processes.sum(loss.item(), aux_loss.item())
         # The scaler of float16 expects overflowing gradients now and then, and skips the update.
         finite_gradient = math.isfinite(norm) or self.scaler.is_enabled()
         if not (math.isfinite(mean_loss) and finite_gradient):
@@ -205,21 +220,27 @@ class Trainer:
             total_steps=self.total_steps,
             epoch=epoch + 1,
             loss=mean_loss,
-            aux_loss=aux_loss.item(),
+            aux_loss=mean_aux_loss,
             lr=lr,
             tokens=sum(x.numel() for x, _, _ in window),
             seconds=time.perf_counter() - start,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that, with the parameters, makes a resumed run equal an unbroken one."""
+        """All that, with the parameters, makes a resumed run equal an unbroken one.
+
+        Of several processes, all must call it; the first one's is the one to keep.
+        """
+        mine, *others = self.processes.gather(self._rng_before or self._rng())
         return {
             "step": self.step,
             "total_steps": self.total_steps,
             "data": self.dataset.fingerprint(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.processes.whole(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
-            **(self._rng_before or self._rng()),
+            "draws": self.draws,
+            "others": others,
+            **mine,
         }
 
     def _rng(self) -> dict[str, Tensor]:
@@ -231,8 +252,12 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a run where `state_dict` left it.
 
+        With as many processes as then, the same bits follow; with another number the same curve, up
+        to the order of sums, unless the steps draw random numbers.
+
         Raises:
-            TrainingError: the state is of a run on other data or with another number of steps.
+            TrainingError: the state is of a run on other data, with another number of steps, or
+                with dropout and another number of processes.
         """
         if state["data"] != self.dataset.fingerprint():
             raise TrainingError(
@@ -243,12 +268,22 @@ class Trainer:
                 f"the resume point is of a run of {state['total_steps']} steps, this one has "
                 f"{self.total_steps}; resume with the same data and settings"
             )
-        self.step = state["step"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        draws, others = state.get("draws", True), state.get("others", [])
+        size, rank = self.processes.size, self.processes.rank
+        if draws and len(others) + 1 != size:
+            raise TrainingError(
+                f"the resume point is of a run of {len(others) + 1} processes with dropout, which "
+                f"{size} would draw differently; resume with {len(others) + 1}"
+            )
+        self.step, self.draws = state["step"], draws
+        self.optimizer.load_state_dict(sharded_like(state["optimizer"], self.parameters))
         self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        if "cuda_rng" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        if rank > len(others):
+            return  # one more than there were: its own seed is as good
+        rng = others[rank - 1] if rank else state
+        torch.set_rng_state(rng["rng"])
+        if "cuda_rng" in rng and self.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda_rng"], self.device)
 
 
 @torch.no_grad()
@@ -258,8 +293,11 @@ def evaluate(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 32,
+    processes: Processes = ALONE,
 ) -> float:
     """Mean cross entropy per supervised token of ``dataset``, in nats; leaves the mode as it was.
+
+    Several processes share the batches, and all must call this; each gets the same mean.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -267,17 +305,24 @@ def evaluate(
     training = model.training
     model.eval()
     order = sorted(range(len(dataset)), key=dataset.lengths.__getitem__)
-    total, count = 0.0, 0
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    losses, counts = [0.0] * len(batches), [0.0] * len(batches)
     try:
-        for start in range(0, len(order), batch_size):
-            batch = dataset.__getitems__(order[start : start + batch_size])
+        for start in range(0, len(batches), processes.size):
+            # Who is left over in the last round does its last batch too: all must take part.
+            index = min(start + processes.rank, len(batches) - 1)
+            batch = dataset.__getitems__(batches[index])
             x, y, mask = (torch.stack(t).to(device) for t in zip(*batch, strict=True))
             tokens = int(mask[:, 1:].sum())
             with autocast(device, dtype):
-                total += model(x, labels=y, loss_mask=mask).loss.item() * tokens
-            count += tokens
+                loss = model(x, labels=y, loss_mask=mask).loss.item() * tokens
+            if index == start + processes.rank:
+                losses[index], counts[index] = loss, float(tokens)
     finally:
         model.train(training)
+    total = 0.0
+    for loss in processes.sum(*losses):
+        total += loss
     if not math.isfinite(total):
         raise TrainingError("the model's loss is not finite; its weights may be damaged")
-    return total / count
+    return total / sum(processes.sum(*counts))

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ..config import LayerConfig, check_alpha, check_dropout, check_rank
 from ..linear.module import LoRALinear
+from .sharding import is_writer, whole
 from .surgery import strip_wrappers
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -77,12 +78,15 @@ def write_directory(
 ) -> None:
     """Write the adapter of ``model``, its LoRALinears by clean name, into ``directory``.
 
-    Both files appear or neither; whatever else is in the directory is left alone.
+    Both files appear or neither; whatever else is in the directory is left alone. Of a sharded
+    model every process gathers, and the first writes.
 
     Raises:
         ValueError: PEFT's format cannot say it, or the place is taken. Nothing is written then.
     """
     tensors, config = _contents(model, layers, fold_scale)
+    if not is_writer(layer.lora.A.weight for layer in layers.values()):
+        return
     text = json.dumps(config, indent=2) + "\n"
     _write_all(directory, {TENSORS: save(tensors, {"format": "pt"}), CONFIG: text.encode()})
 
@@ -312,7 +316,8 @@ def _default_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
 
 
 def _copy(factor: nn.Linear) -> Tensor:
-    return factor.weight.detach().cpu().clone(memory_format=torch.contiguous_format)
+    weight = whole(factor.weight.detach())
+    return weight.cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _folded(name: str, a: Tensor, b: Tensor, scale: float, rank: int) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..config import LayerConfig
 from ..linear.module import DTYPES, LoRALinear
 from .peft_format import read_directory, write_directory
+from .sharding import cut_like, is_sharded, is_writer, refuse_flattened, reshard, whole
 from .surgery import _require_lora, insert_lora, lora_layers, strip_wrappers
 
 _SUFFIXES = {"A": ".lora.A.weight", "B": ".lora.B.weight"}
@@ -41,16 +42,14 @@ class AdapterMismatchError(ValueError):
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """``{"<module>.lora.A.weight": [R, K], "<module>.lora.B.weight": [N, R]}``, detached.
 
-    Wrapper prefixes are dropped from the names. The tensors share storage with the model.
+    Wrapper prefixes are dropped from the names. The tensors share storage with the model; those of
+    a sharded model (FSDP2) are gathered, for which every process must make this call.
 
     Raises:
-        ValueError: the model carries no LoRA.
+        ValueError: the model carries no LoRA, or FSDP1 has flattened it.
     """
-    return {
-        name + suffix: getattr(layer.lora, factor).weight.detach()
-        for name, layer in _by_clean_name(_require_lora(model, "lora_state_dict")).items()
-        for factor, suffix in _SUFFIXES.items()
-    }
+    layers = _by_clean_name(_require_lora(model, "lora_state_dict"))
+    return {key: whole(factor.detach()) for key, factor in _factors(model, layers).items()}
 
 
 def save_lora(model: nn.Module, path: str | os.PathLike[str], *, fold_scale: bool = False) -> None:
@@ -59,6 +58,9 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str], *, fold_scale: boo
     ``.pth``, ``.pt`` and ``.safetensors`` are files; an existing directory, or a new path without
     a suffix, becomes an adapter in PEFT's format (other files in it are left alone). What is
     written appears whole or not at all. Missing parent directories are made.
+
+    Under DDP, call it on one process. Of a sharded model (FSDP2) it gathers the factors, so every
+    process must call it; the first writes, the others may return before it has.
 
     Args:
         model: carries LoRA.
@@ -69,23 +71,27 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str], *, fold_scale: boo
             over ``rank_pattern``, ``alpha_pattern`` or ``use_rslora``; to train on, save without.
 
     Raises:
-        ValueError: another suffix, the model carries no LoRA, or PEFT's format cannot hold it:
-            dropout or rsLoRA differ between modules, or the model itself is the LoRALinear.
+        ValueError: another suffix, the model carries no LoRA, FSDP1 has flattened it, or PEFT's
+            format cannot hold it: dropout or rsLoRA differ between modules, or the model itself is
+            the LoRALinear.
     """
     path = Path(path)
     kind = _kind(path)
+    layers = _by_clean_name(_require_lora(model, "save_lora"))
+    factors = _factors(model, layers)
     if kind == "directory":
-        write_directory(path, model, _by_clean_name(_require_lora(model, "save_lora")), fold_scale)
+        write_directory(path, model, layers, fold_scale)
         return
     if fold_scale:
         raise ValueError(f"fold_scale is for a directory in PEFT's format, got {str(path)!r}")
-    state = {key: tensor.cpu().contiguous() for key, tensor in lora_state_dict(model).items()}
+    state = {key: whole(factor.detach()).cpu().contiguous() for key, factor in factors.items()}
+    if not is_writer(factors.values()):
+        return
     if kind == "torch":
         # A tensor that is a view would drag its whole storage into the file.
         plain = {key: tensor.clone() for key, tensor in state.items()}
         write_atomically(path, lambda temporary: torch.save(plain, temporary))
     else:
-        layers = _by_clean_name(lora_layers(model))
         modules = {name: asdict(layer.lora_config) for name, layer in layers.items()}
         metadata = {
             "format": "pt",
@@ -98,7 +104,8 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
     """Load the adapter at ``path`` into ``model``; on a model without LoRA, apply it first.
 
     Every key, shape, dtype and value is checked before the model is touched. Tensors are cast to
-    the dtype and device of the model's factors. Files are read without unpickling code.
+    the dtype and device of the model's factors. Files are read without unpickling code. Into a
+    sharded model (FSDP2) each process loads its own part; LoRA must be on it already.
 
     Args:
         model: carries LoRA on the same modules, or none at all.
@@ -114,12 +121,13 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
         FileNotFoundError: no such file.
         AdapterMismatchError: what is missing, unexpected, mis-shaped or not finite, by name; or
             what PEFT's config asks for that is not plain LoRA.
-        ValueError: another suffix.
+        ValueError: another suffix, or FSDP1 has flattened the model.
     """
     path = Path(path)
     pairs, described = read_adapter(path)
     by_clean_name = {strip_wrappers(name): name for name, _ in model.named_modules()}
     layers = _by_clean_name(lora_layers(model))
+    _factors(model, layers)
     fresh = not layers
     if fresh:
         wanted = {
@@ -149,8 +157,9 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
         layers = _by_clean_name(lora_layers(model))
     with torch.no_grad():
         for name in loaded:
-            layers[name].lora.A.weight.copy_(pairs[name]["A"])
-            layers[name].lora.B.weight.copy_(pairs[name]["B"])
+            for factor, tensor in pairs[name].items():
+                weight = getattr(layers[name].lora, factor).weight
+                weight.copy_(cut_like(weight, tensor))
     return loaded
 
 
@@ -195,6 +204,17 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _factors(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+    """A and B of each layer by their keys, sharded where the model is; refuses FSDP1's."""
+    reshard(model)
+    factors = {}
+    for name, layer in layers.items():
+        for factor, suffix in _SUFFIXES.items():
+            factors[name + suffix] = weight = getattr(layer.lora, factor).weight
+            refuse_flattened(name, weight)
+    return factors
 
 
 def _kind(path: Path) -> str:
@@ -325,6 +345,8 @@ def _trial_layers(
             problems.append(f"the model has no module {name!r}")
         elif type(module) is not nn.Linear:
             problems.append(f"{name!r} is a {type(module).__name__}, not an nn.Linear")
+        elif is_sharded(module.weight):
+            problems.append(f"{name!r} is sharded already; load the adapter before fully_shard")
         elif module.weight.is_meta:
             problems.append(f"{name!r} is on the meta device; give the model memory first")
         else:

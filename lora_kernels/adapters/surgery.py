@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import LayerConfig, LoRAConfig, ends_in
 from ..linear.module import ACTIVE, DISABLED, MERGED, LoRALinear
+from .sharding import refuse_sharded, reshard
 
 # Wrappers put these into module names; adapters are the same with and without them.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -64,7 +65,7 @@ def apply_lora(
     Raises:
         TypeError: a target is not exactly an ``nn.Linear`` with a floating-point weight.
         ValueError: a target matches nothing, the model carries LoRA already, a weight is tied to
-            another module, or an argument is out of range. The model is left as it was.
+            another module or sharded, or an argument is out of range. The model is left as it was.
     """
     given = LoRAConfig(
         rank=rank,
@@ -151,6 +152,7 @@ def insert_lora(model: nn.Module, layers: Mapping[str, LayerConfig]) -> None:
     Raises:
         TypeError, ValueError: as `apply_lora`, before anything is changed.
     """
+    reshard(model)
     modules = dict(model.named_modules())
     _refuse_second_application(modules)
     owners = _parameter_owners(model)
@@ -166,6 +168,7 @@ def insert_lora(model: nn.Module, layers: Mapping[str, LayerConfig]) -> None:
                 f"target {name!r} is a {type(module).__name__}, not exactly an nn.Linear; "
                 "leave it out, by target_modules or exclude_modules"
             )
+        refuse_sharded(name, module.weight, "put LoRA into the model first, then fully_shard it")
         parent = modules[name.rpartition(".")[0]]
         if isinstance(parent, nn.TransformerEncoderLayer):
             raise TypeError(
@@ -203,8 +206,8 @@ def merge_lora(model: nn.Module) -> list[str]:
 
     Raises:
         ValueError: the model carries no LoRA, is inside `merged_lora` or `disable_lora`, a merged
-            weight would not be finite in its dtype, or a weight is tied or on the meta device.
-            Nothing is changed then.
+            weight would not be finite in its dtype, or a weight is tied, sharded or on the meta
+            device. Nothing is changed then.
     """
     layers = _mergeable(model)
     _refuse_root(model)
@@ -274,12 +277,13 @@ def remove_lora(model: nn.Module) -> list[str]:
         The names of the modules.
 
     Raises:
-        ValueError: the model carries no LoRA or is inside `merged_lora`.
+        ValueError: the model carries no LoRA, is inside `merged_lora`, or is sharded.
     """
     layers = _require_lora(model, "remove_lora")
     _refuse_root(model)
     if any(layer._lora_state == MERGED for layer in layers.values()):
         raise ValueError("remove_lora inside merged_lora; leave the merged_lora block first")
+    _refuse_sharded(model, layers)
     _replace(model, {id(layer): layer.to_linear() for layer in layers.values()})
     return list(layers)
 
@@ -302,6 +306,7 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
         ValueError: the model carries no LoRA.
     """
     layers = _require_lora(model, "lora_parameters")
+    reshard(model)
     return [p for layer in layers.values() for p in layer.lora.parameters()]
 
 
@@ -314,6 +319,7 @@ def _require_lora(model: nn.Module, caller: str) -> dict[str, LoRALinear]:
 
 def _mergeable(model: nn.Module) -> dict[str, LoRALinear]:
     layers = _require_lora(model, "merge")
+    _refuse_sharded(model, layers)
     owners = _parameter_owners(model)
     for name, layer in layers.items():
         if layer._lora_state != ACTIVE:
@@ -339,6 +345,12 @@ def _merged_weight(name: str, layer: LoRALinear) -> Tensor:
     if not torch.isfinite(merged).all():
         raise ValueError(f"cannot merge {name!r}: the sum would hold NaN or infinity")
     return merged
+
+
+def _refuse_sharded(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+    reshard(model)
+    for name, layer in layers.items():
+        refuse_sharded(name, layer.weight, "save_lora, and load_lora into a model that is not")
 
 
 def _refuse_root(model: nn.Module) -> None:
