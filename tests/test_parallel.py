@@ -126,6 +126,30 @@ def test_float16_skips_the_same_updates_everywhere(strategy):
         assert [row[4] for row in theirs] == expected
 
 
+def kept_for_backward(strategy):
+    """Shapes of the bfloat16 matrices that a forward of the blocks keeps."""
+    with join(strategy) as processes:
+        model, trainer = make_trainer(processes, width=torch.float32)
+        kept = set()
+
+        def pack(tensor):
+            if tensor.ndim == 2 and tensor.dtype == torch.bfloat16:
+                kept.add(tuple(tensor.shape))
+            return tensor
+
+        x = torch.arange(20)[None]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu"):
+            trainer.model.train()(x, labels=x).loss.backward()
+        return kept
+
+
+def test_fsdp_does_not_keep_copies_of_the_gathered_weights():
+    # Autocast's, which together would be the model that was too large.
+    of_blocks = {tuple(p.shape) for p in build(lora=False).layers.parameters() if p.ndim == 2}
+    assert of_blocks <= results(kept_for_backward, "ddp")[0]
+    assert not of_blocks & results(kept_for_backward, "fsdp")[0]
+
+
 # --- resume points --------------------------------------------------------------------------------
 
 
