@@ -174,8 +174,11 @@ def describe(job: Job) -> str:
     ):
         lines.insert(4, "  tokenizer   shipped: none beside the base (--tokenizer names another)")
     if job.lora:
-        first = job.model.get_submodule(job.adapted[0])
-        lines.insert(3, f"  path        {explain(first)}")
+        first: Any = job.model.get_submodule(job.adapted[0])
+        # Of a sharded layer the parts stand in for the plain tensors that FSDP gathers for a call.
+        tensors = (first.weight, first.weight, first.lora.A.weight, first.lora.B.weight)
+        path = explain([t.to_local() for t in tensors] if job.processes.sharded else first)
+        lines.insert(3, f"  path        {path}")
         lines += [f"apply lora on module: {name}" for name in job.adapted]
         lines.append(
             f"parameters: {total:,} in all, {trained:,} of them LoRA ({trained / total:.2%})"
