@@ -2,8 +2,9 @@
 
 It is the run that one process would make. Each process reads every batch and takes its share of
 the rows; gradients and losses are summed, weighted by what they are means over. So the schedule,
-the curve and the results are those of one process, up to the order of sums (with dropout: up to
-the draws), and nobody can be left waiting by data that does not divide evenly.
+the curve and the results are those of one process, up to the order of sums, and nobody can be left
+waiting by data that does not divide evenly. Two things are each process's own: dropout's draws, and
+the balancing loss of experts where it is not a mean over sequences (``seq_aux`` false).
 
 ``ddp`` keeps the whole model in each process. ``fsdp`` keeps a part in each, gathers one block at a
 time, and computes each block's activations anew in the backward pass: under autocast they hold
@@ -182,7 +183,7 @@ class Processes:
         )
         checkpoint({"use_reentrant": False})
         mesh = init_device_mesh(device.type, (self.size,))
-        for block in model.layers:
+        for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model

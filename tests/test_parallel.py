@@ -92,6 +92,7 @@ def run_all(strategy, scenarios):
 SCENARIOS = [
     {},
     {"lora": False, "use_moe": True},
+    {"era": "2026-03"},
     {"settings": {**UNEVEN, "batch_size": 7, "accumulation_steps": 1, "grad_clip": 0.0}},
 ]
 
@@ -145,7 +146,7 @@ def kept_for_backward(strategy):
 
 def test_fsdp_does_not_keep_copies_of_the_gathered_weights():
     # Autocast's, which together would be the model that was too large.
-    of_blocks = {tuple(p.shape) for p in build(lora=False).layers.parameters() if p.ndim == 2}
+    of_blocks = {tuple(p.shape) for p in build(lora=False).blocks.parameters() if p.ndim == 2}
     assert of_blocks <= results(kept_for_backward, "ddp")[0]
     assert not of_blocks & results(kept_for_backward, "fsdp")[0]
 
