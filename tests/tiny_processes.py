@@ -33,7 +33,7 @@ class Ended(NamedTuple):
     err: str
 
 
-def in_processes(function, *arguments, size=2, timeout=40, check=True):
+def in_processes(function, *arguments, size=2, timeout=120, check=True):
     """Run ``function(*arguments)`` in ``size`` processes and tell what became of each, by rank.
 
     The function must be at the top of a module. A process that is not done after ``timeout``
