@@ -73,8 +73,10 @@ def lora_linear(
     y, _, _ = _LoRALinear.apply(
         rows, weight, lora_a, lora_b, bias, noise, float(scale), dropout_p, backend
     )
-    # A view only where there must be one: FSDP warns of a module whose output is a view.
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    if x.dim() == 2:
+        return y
+    # As nn.Linear does it: to autograd no view, which in-place operations and FSDP would mind.
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
 
 def _autocasts(device_type: str) -> bool:
