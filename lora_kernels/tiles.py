@@ -157,20 +157,27 @@ class Launch(NamedTuple):
 
 
 _recorded: list[Launch] | None = None
+_absent_sms = 4  # of a device that is no GPU
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
+def recording(sms: int = 4) -> Iterator[list[Launch]]:
     """Collect the launches made inside the ``with`` instead of running them.
 
-    For tools that compile what a launcher would run, on any machine; outputs stay unwritten.
+    For tools that compile what a launcher would run, on any machine; outputs stay unwritten, and
+    tensors may be on ``meta``.
+
+    Args:
+        sms: multiprocessors of the GPU that tensors off any GPU are taken to be on.
     """
-    global _recorded
-    before, _recorded = _recorded, []
+    global _recorded, _absent_sms
+    before = _recorded, _absent_sms
+    launches: list[Launch] = []
+    _recorded, _absent_sms = launches, sms
     try:
-        yield _recorded
+        yield launches
     finally:
-        _recorded = before
+        _recorded, _absent_sms = before
 
 
 def launch(kernel: Any, programs: int, warps: int, stages: int, **arguments: Any) -> None:
@@ -209,7 +216,7 @@ def block_of(length: int, least: int = 16, most: int = 64) -> int:
 
 
 def num_sms(x: Tensor) -> int:
-    """Multiprocessors of x's device; for the interpreter and the recorder, a small number."""
+    """Multiprocessors of x's device; off any GPU a small number, or what `recording` says."""
     if x.device.type != "cuda":
-        return 4
+        return _absent_sms
     return torch.cuda.get_device_properties(x.device).multi_processor_count
