@@ -1,6 +1,7 @@
-"""What a kernel takes of a GPU, found by compiling for it on any machine.
+"""What each kernel takes of a GPU, found by compiling for it on any machine.
 
-Triton's wheel carries ptxas and cuobjdump, so no GPU and no CUDA toolkit is needed.
+Triton's wheel carries ptxas and cuobjdump, so no GPU and no CUDA toolkit is needed. `sweep` goes
+through every kernel and configuration that `tuning`'s table gives for a GPU.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tiles import Launch
+from . import tuning
+from .cases import NARROW, PRODUCTS, Case, products_in, ranks_of, served
+from .tiles import Launch, recording
+from .tuning import Config, Shape
+from .workers import Lost, processors, progress, spread
 
 _TYPES = {
     torch.float32: "fp32",
@@ -36,9 +42,9 @@ class Resources(NamedTuple):
 
     Attributes:
         registers: per thread.
-        spilled: bytes of spill stores and loads per thread.
+        spilled: bytes that the instructions for spilling store and load per thread.
         shared: bytes of shared memory per block.
-        tensor_cores: tensor-core instructions in the machine code, by name.
+        tensor_cores: tensor-core instructions, by name (``mma``, ``wgmma``, ``tcgen05``).
     """
 
     registers: int
@@ -53,6 +59,20 @@ def compile_launch(launch: Launch, capability: tuple[int, int]) -> Resources:
     Raises:
         Exception: whatever Triton raises where it cannot compile, out of resources included.
     """
+    return _compile(_source(launch), launch.options, capability)
+
+
+def _compile(source: ASTSource, options: dict[str, Any], capability: tuple[int, int]) -> Resources:
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    compiled = triton.compile(source, target=target, options=options)
+    registers, spilled = _registers_and_spills(compiled.asm["cubin"])
+    return Resources(
+        registers, spilled, compiled.metadata.shared, _tensor_cores(compiled.asm["ptx"])
+    )
+
+
+def _source(launch: Launch) -> ASTSource:
+    """The kernel with its arguments as Triton's launcher specialises them."""
     signature: dict[str, Any] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -62,13 +82,7 @@ def compile_launch(launch: Launch, capability: tuple[int, int]) -> Resources:
             signature[name], constants[name] = "constexpr", value
         else:
             _describe(index, name, value, signature, constants, attributes)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    compiled = triton.compile(source, target=target, options=launch.options)
-    registers, spilled = _assemble(compiled.asm["ptx"])
-    return Resources(
-        registers, spilled, compiled.metadata.shared, _tensor_cores(compiled.asm["cubin"])
-    )
+    return ASTSource(launch.kernel, signature, constants, attributes)
 
 
 def _describe(
@@ -98,34 +112,192 @@ def _describe(
         signature[name] = "fp32"
 
 
-def _assemble(ptx: str) -> tuple[int, int]:
-    """Registers and spilled bytes, as ptxas reports them."""
-    found = re.search(r"\.target (sm_\w+)", ptx)
-    assert found is not None
-    ptxas = knobs.nvidia.ptxas.path if found[1] < "sm_100" else _newest_ptxas()
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [ptxas, "-v", f"--gpu-name={found[1]}", str(source), "-o", f"{folder}/out"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = re.search(r"Used (\d+) registers", report)
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
-    assert registers is not None, report
-    return int(registers[1]), sum(map(int, spills))
+# Bytes that one instruction moves, by the suffix that says so; 4 without any.
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
 
-def _newest_ptxas() -> str:
-    newest = getattr(knobs.nvidia, "ptxas_blackwell", knobs.nvidia.ptxas)
-    return newest.path
-
-
-def _tensor_cores(cubin: bytes) -> dict[str, int]:
+def _registers_and_spills(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of the instructions that spill, read from the machine code itself."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-sass", file.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = _dump("--dump-resource-usage", file.name)
+        found = re.search(r"\bREG:(\d+) STACK:(\d+)", usage)
+        assert found is not None, usage[:1000]
+        # Spills go to the stack, and listing the instructions is slow.
+        code = _dump("--dump-sass", file.name) if int(found[2]) else ""
+    spilled = 0
+    for suffixes in re.findall(r"\b(?:STL|LDL)((?:\.\w+)*)", code):
+        spilled += next((_WIDTHS[s] for s in suffixes.split(".") if s in _WIDTHS), 4)
+    return int(found[1]), spilled
+
+
+def _dump(option: str, path: str) -> str:
+    command = [knobs.nvidia.cuobjdump.path, option, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _tensor_cores(ptx: str) -> dict[str, int]:
+    """Matrix products by the instruction: mma up to Ada, wgmma on Hopper, tcgen05 on Blackwell."""
     counts: dict[str, int] = {}
-    for name in re.findall(r"\b([HQI]GMMA|[HI]MMA|UTC[HQ]?MMA|UTMALDG|UTMASTG)\b", sass):
+    for line in re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx):
+        name = line.split(".")[0]
         counts[name] = counts.get(name, 0) + 1
     return counts
+
+
+GEMMS = ("gemm", "hopper", "expand", "one_kernel")
+# In a pass that waits for memory a spilled register or two costs nothing that can be measured.
+SPILL_WARNING = 64
+
+
+class Entry(NamedTuple):
+    """One compiled kernel, or one that did not compile.
+
+    Attributes:
+        kernel: such as ``gemm dx``; see `Case.name`.
+        block: the configuration in short.
+        dtype, variant: see `Case`.
+        resources: None where it did not compile.
+        problem: why this fails the sweep, empty where it does not.
+        warning: what is worth a look but fails nothing.
+    """
+
+    kernel: str
+    block: str
+    dtype: str
+    variant: str
+    resources: Resources | None
+    problem: str
+    warning: str
+
+
+class _Compiled(NamedTuple):
+    kernel: str
+    key: str  # equal for equal compilations
+    resources: Resources | None
+    error: str
+
+
+def sweep_cases(capability: tuple[int, int]) -> list[Case]:
+    """What `sweep` compiles: every configuration that the table gives, in every dtype.
+
+    The tiles of the rank are 16, 32 and 64 wide, and larger ranks are walked in tiles of 64. In
+    bfloat16 each width is compiled with all that the kernel can take along (bias, dropout, wide A
+    and B), and the narrowest also plain; float16, which differs in the types of its instructions
+    alone, and float32, in IEEE and in TF32, are compiled with all there is at the widest.
+    """
+    cases: list[Case] = []
+    for kernel in tuning.KERNELS:
+        for dtype, tf32 in [*((narrow, False) for narrow in NARROW), *_FLOAT32]:
+            ranks: dict[Config, list[Shape]] = {}
+            for rank in ranks_of(kernel, capability):
+                for config, shape in served(kernel, capability, dtype.itemsize, rank):
+                    ranks.setdefault(config, []).append(shape)
+            for config, shapes in ranks.items():
+                every = [Case(kernel, config, dtype, shape, tf32=tf32) for shape in shapes]
+                if dtype == torch.bfloat16:
+                    cases.append(every[0])
+                for case in every if dtype == torch.bfloat16 else every[-1:]:
+                    cases += _loaded(case)
+    return cases
+
+
+_FLOAT32 = ((torch.float32, False), (torch.float32, True))
+
+
+def _loaded(case: Case) -> list[Case]:
+    """The case with all that its kernel can take along."""
+    wide = case.dtype != torch.float32
+    if case.kernel in PRODUCTS:
+        y = replace(case, bias=True, wide=wide)
+        return [y, replace(case, dx=True, dropout_p=0.1, wide=wide)]
+    bias = case.kernel in ("one_kernel", "dxa_db")
+    return [replace(case, bias=bias, dropout_p=0.1, wide=wide)]
+
+
+def sweep(
+    capability: tuple[int, int],
+    sms: int,
+    *,
+    only: Sequence[str] = (),
+    jobs: int | None = None,
+) -> list[Entry]:
+    """Compile everything for a GPU in worker processes; an entry for each distinct compilation.
+
+    The environment must not ask for Triton's interpreter.
+
+    Args:
+        capability, sms: the GPU's compute capability and number of multiprocessors.
+        only: names of kernels, empty for all.
+        jobs: processes; by default as many as there are processors.
+    """
+    cases = [case for case in sweep_cases(capability) if not only or case.kernel in only]
+    tasks = [(case, capability, sms) for case in cases]
+    found: list[list[_Compiled]] = [[] for _ in cases]
+    running = spread(compile_case, tasks, jobs or processors(), preload=[__name__])
+    for index, result in progress(running, len(cases), "compiling"):
+        if isinstance(result, Lost):
+            result = [_Compiled(cases[index].kernel, f"lost {index}", None, result.reason)]
+        found[index] = result
+    entries: dict[str, Entry] = {}
+    for case, compiled in zip(cases, found, strict=True):
+        for one in compiled:
+            if one.key not in entries:
+                entries[one.key] = _entry(case, one, capability)
+    return list(entries.values())
+
+
+def versions() -> dict[str, str]:
+    """What compiled: Triton and its assembler."""
+    return {"triton": triton.__version__, "ptxas": knobs.nvidia.ptxas.version}
+
+
+def _entry(case: Case, one: _Compiled, capability: tuple[int, int]) -> Entry:
+    of_case = one.kernel != "sum_partials"
+    problem, warning = one.error, ""
+    if one.resources is not None:
+        kernel = case.kernel if of_case else one.kernel
+        problem, warning = judge(kernel, one.resources, capability)
+    where = (case.name, case.block) if of_case else (one.kernel, "")
+    return Entry(*where, case.dtype_name, case.variant, one.resources, problem, warning)
+
+
+def judge(kernel: str, resources: Resources, capability: tuple[int, int]) -> tuple[str, str]:
+    """What is wrong with a compiled kernel, and what is worth a look; both may be empty."""
+    problems, warning, limit = [], "", tuning.shared_memory(capability)
+    if resources.shared > limit:
+        problems.append(
+            f"needs {resources.shared} bytes of shared memory, a block may have {limit}"
+        )
+    if resources.spilled and (kernel in GEMMS or resources.spilled > SPILL_WARNING):
+        problems.append(f"spills {resources.spilled} bytes")
+    elif resources.spilled:
+        warning = f"spills {resources.spilled} bytes"
+    if kernel == "hopper" and capability[0] == 9 and "wgmma" not in resources.tensor_cores:
+        problems.append("does not use Hopper's own tensor-core instruction, wgmma")
+    return "; ".join(problems), warning
+
+
+def compile_case(task: tuple[Case, tuple[int, int], int]) -> list[_Compiled]:
+    """Record what a case launches on the meta device, and compile it."""
+    case, capability, sms = task
+    with recording(sms) as launches, products_in(case.tf32):
+        case.run(case.operands(torch.device("meta")))
+    return [_compile_once(launch, capability) for launch in launches]
+
+
+_compiled_here: dict[str, _Compiled] = {}
+
+
+def _compile_once(launch: Launch, capability: tuple[int, int]) -> _Compiled:
+    source, name = _source(launch), launch.kernel.__name__.removesuffix("_kernel")
+    name = name.removeprefix("pointer_")
+    key = f"{source.hash()} {sorted(launch.options.items())}"
+    if key not in _compiled_here:
+        try:
+            found = _Compiled(name, key, _compile(source, launch.options, capability), "")
+        except Exception as error:
+            found = _Compiled(name, key, None, f"{type(error).__name__}: {error}")
+        _compiled_here[key] = found
+    return _compiled_here[key]
