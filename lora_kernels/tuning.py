@@ -115,7 +115,7 @@ ROWS = (
     Row((9, 0), "dxa_db", 2, Config(128, 64, 0, 8, 3)),
     Row(ANY, "dxa_db", 2, Config(128, 64, 0, 8, 2), r=32),
     Row(ANY, "dxa_db", 2, Config(64, 64, 0, 8, 2)),
-    Row(ANY, "dxa_db", 4, Config(32, 32, 0, 4, 2)),
+    Row(ANY, "dxa_db", 4, Config(32, 32, 0, 8, 2)),
     Row((9, 0), "da", 2, Config(64, 0, 128, 4, 3)),
     Row(ANY, "da", 2, Config(64, 0, 64, 4, 3)),
     Row(ANY, "da", 4, Config(32, 0, 32, 4, 2)),
