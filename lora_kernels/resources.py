@@ -213,7 +213,8 @@ def _loaded(case: Case) -> list[Case]:
         y = replace(case, bias=True, wide=wide)
         return [y, replace(case, dx=True, dropout_p=0.1, wide=wide)]
     bias = case.kernel in ("one_kernel", "dxa_db")
-    return [replace(case, bias=bias, dropout_p=0.1, wide=wide)]
+    dropout_p = 0.0 if case.kernel == "dxa_db" else 0.1
+    return [replace(case, bias=bias, dropout_p=dropout_p, wide=wide)]
 
 
 def sweep(
