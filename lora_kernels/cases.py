@@ -109,10 +109,10 @@ class Case:
 
     @property
     def block(self) -> str:
-        """The configuration in short: block sizes that the kernel has, warps, stages."""
+        """The configuration in short: block sizes that the kernel has, warps, stages, per_sm."""
         c = self.config
         sizes = "x".join(str(size) for size in (c.block_m, c.block_n, c.block_k) if size)
-        return f"{sizes} w{c.warps} s{c.stages}"
+        return f"{sizes} w{c.warps} s{c.stages}" + (f" x{c.per_sm}" if c.per_sm > 1 else "")
 
     @property
     def dtype_name(self) -> str:

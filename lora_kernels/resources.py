@@ -259,18 +259,22 @@ def _entry(case: Case, one: _Compiled, capability: tuple[int, int]) -> Entry:
     problem, warning = one.error, ""
     if one.resources is not None:
         kernel = case.kernel if of_case else one.kernel
-        problem, warning = judge(kernel, one.resources, capability)
+        problem, warning = judge(kernel, case.config, one.resources, capability)
     where = (case.name, case.block) if of_case else (one.kernel, "")
     return Entry(*where, case.dtype_name, case.variant, one.resources, problem, warning)
 
 
-def judge(kernel: str, resources: Resources, capability: tuple[int, int]) -> tuple[str, str]:
+def judge(
+    kernel: str, config: Config, resources: Resources, capability: tuple[int, int]
+) -> tuple[str, str]:
     """What is wrong with a compiled kernel, and what is worth a look; both may be empty."""
     problems, warning, limit = [], "", tuning.shared_memory(capability)
     if resources.shared > limit:
         problems.append(
             f"needs {resources.shared} bytes of shared memory, a block may have {limit}"
         )
+    elif config.per_sm > 1 and (held := _per_sm(config, resources, limit)) < config.per_sm:
+        problems.append(f"{config.per_sm} shall run on a multiprocessor, which holds {held}")
     if resources.spilled and (kernel in GEMMS or resources.spilled > SPILL_WARNING):
         problems.append(f"spills {resources.spilled} bytes")
     elif resources.spilled:
@@ -278,6 +282,17 @@ def judge(kernel: str, resources: Resources, capability: tuple[int, int]) -> tup
     if kernel == "hopper" and capability[0] == 9 and "wgmma" not in resources.tensor_cores:
         problems.append("does not use Hopper's own tensor-core instruction, wgmma")
     return "; ".join(problems), warning
+
+
+def _per_sm(config: Config, resources: Resources, limit: int) -> int:
+    """How many programs a multiprocessor holds, by registers and by shared memory.
+
+    Source: CUDA C++ Programming Guide, compute capabilities 8.0 to 12.0: 65,536 registers, given
+    out in eights a thread; 1 KiB more shared memory than one block may take, and 1 KiB of it kept
+    by the system for each block.
+    """
+    registers = -(-resources.registers // 8) * 8 * config.warps * 32
+    return min(65536 // registers, (limit + 1024) // (resources.shared + 1024))
 
 
 def compile_case(task: tuple[Case, tuple[int, int], int]) -> list[_Compiled]:
