@@ -33,7 +33,7 @@ float64 truth, then whole layers, forward and every gradient, by each strategy.
 
 Each output's largest error is printed beside that of plain torch in the same dtype. It may be at
 most 2 times as large, plus one rounding of the largest value. Each call runs twice and has to give
-the same bits, and into memory that was filled with NaN before, so that what is not written shows.
+the same bits, into memory that was filled with NaN before, so that what is not written shows.
 
 Without a GPU the kernels run on the CPU in Triton's interpreter, on small shapes: that proves
 their arithmetic and bounds, not what the compiler makes of them."""
@@ -89,11 +89,13 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    check = add("check", "compare every kernel with float64 here", (_CHECK, _CHECK_NEXT), _check)
+    check = add(
+        "check", "compare every kernel with float64 on this machine", (_CHECK, _CHECK_NEXT), _check
+    )
     check.add_argument("--quick", action="store_true", help="fewer cases, and none in float16")
     _add_common(check, (*tuning.KERNELS, LAYERS))
 
-    text = "compile every kernel for a GPU, without it, and list what it takes"
+    text = "compile every kernel for a GPU, without it"
     resources = add("resources", text, (_RESOURCES, _RESOURCES_NEXT), _resources)
     resources.add_argument(
         "--target",
@@ -154,7 +156,7 @@ def _check(options: argparse.Namespace) -> int:
     facts = tool.machine()
     if not options.json:
         print(f"lora_kernels {__version__} on {facts['device']}")
-        versions = (f"{name} {facts[name]}" for name in ("driver", "torch", "triton", "ptxas"))
+        versions = (f"{name} {fact}" for name, fact in facts.items() if name != "device")
         print(", ".join(versions), end="\n\n", flush=True)
     results, left_out = tool.check(quick=options.quick, only=options.only, jobs=options.jobs)
     failed = [result for result in results if not result.passed]
@@ -231,9 +233,11 @@ def _resources(options: argparse.Namespace) -> int:
     entries = tool.sweep(capability, sms, only=options.only, jobs=options.jobs)
     failed = [entry for entry in entries if entry.problem]
     if options.json:
-        facts = {"target": options.target, "shared_limit": limit, **tool.versions()}
+        facts = {"target": options.target, "shared_limit": limit, **tool.versions(capability)}
         _print_json(facts, kernels=[_entry_record(entry) for entry in entries])
     else:
+        found = ", ".join(f"{name} {fact}" for name, fact in tool.versions(capability).items())
+        print(f"lora_kernels {__version__} for {options.target}, {found}\n")
         _print_resources(options.target, entries, limit, failed)
     return 1 if failed or not entries else 0
 

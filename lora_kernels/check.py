@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from triton import knobs
+from triton.backends.nvidia.compiler import get_ptxas
 
 from . import tuning
 from .cases import NARROW, PRODUCTS, Case, LayerCase, products_in, served
@@ -295,17 +296,18 @@ def check(
 
 def machine() -> dict[str, str]:
     """What the results hold for: GPU, driver and versions."""
-    facts = {"device": "CPU, in Triton's interpreter, on small shapes", "driver": "none"}
-    if not knobs.runtime.interpret:
-        major, minor = torch.cuda.get_device_capability()
-        facts = {
-            "device": f"{torch.cuda.get_device_name()} (sm_{major}{minor})",
-            "driver": _driver(),
+    found = {"torch": torch.__version__, "triton": triton.__version__}
+    if knobs.runtime.interpret:
+        return {
+            "device": "the CPU, in Triton's interpreter: small shapes, the table of sm_90",
+            **found,
         }
-    return facts | {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "ptxas": knobs.nvidia.ptxas.version,
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        "device": f"{torch.cuda.get_device_name()} (sm_{major}{minor})",
+        **found,
+        "ptxas": get_ptxas(major * 10 + minor).version,
+        "driver": _driver(),
     }
 
 

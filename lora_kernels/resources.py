@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -249,9 +250,10 @@ def sweep(
     return list(entries.values())
 
 
-def versions() -> dict[str, str]:
-    """What compiled: Triton and its assembler."""
-    return {"triton": triton.__version__, "ptxas": knobs.nvidia.ptxas.version}
+def versions(capability: tuple[int, int]) -> dict[str, str]:
+    """What compiles for a GPU: Triton and the assembler that it takes."""
+    ptxas = get_ptxas(capability[0] * 10 + capability[1])
+    return {"triton": triton.__version__, "ptxas": ptxas.version}
 
 
 def _entry(case: Case, one: _Compiled, capability: tuple[int, int]) -> Entry:
