@@ -275,7 +275,7 @@ def hopper_gemm(
         p_desc=TensorDescriptor(p, [m, k], [p.stride(0), 1], [block_m, block_k]),
         q_desc=TensorDescriptor(q_stored, list(q_stored.shape), [q_stored.stride(0), 1], q_block),
         out_desc=TensorDescriptor(out, [m, n], [n, 1], [block_m, block_n // 2]),
-        **_rank_arguments(u, v, bias, keep_bits, scale, dropout_p, p.dtype),
+        **_rank_arguments(u, v, bias, keep_bits, scale, dropout_p, p.dtype, most=32),
         M=m,
         N=n,
         K=k,
@@ -350,7 +350,9 @@ def _rank_arguments(
     scale: float,
     dropout_p: float,
     dtype: torch.dtype,
+    most: int = 64,
 ) -> dict[str, object]:
+    # `most` bounds the rank tile: one of 64 in float32 does not fit beside Hopper's wide tiles.
     return {
         "u_ptr": u,
         "v_ptr": v,
@@ -366,5 +368,5 @@ def _rank_arguments(
         "DTYPE": TRITON_DTYPES[dtype],
         "HAS_BIAS": bias is not None,
         "HAS_MASK": keep_bits is not None,
-        "BLOCK_R": block_of(u.shape[1]),
+        "BLOCK_R": block_of(u.shape[1], most=most),
     }
