@@ -82,7 +82,8 @@ def _source(launch: Launch) -> ASTSource:
         if launch.kernel.params[index].is_constexpr:
             signature[name], constants[name] = "constexpr", value
         else:
-            _describe(index, name, value, signature, constants, attributes)
+            plain = launch.kernel.params[index].do_not_specialize
+            _describe(index, name, value, plain, signature, constants, attributes)
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
@@ -90,12 +91,13 @@ def _describe(
     index: int,
     name: str,
     value: Any,
+    plain: bool,
     signature: dict[str, Any],
     constants: dict[str, Any],
     attributes: dict[tuple[int], list[list[Any]]],
 ) -> None:
-    """One argument as Triton's launcher specialises it."""
-    if value is None or (isinstance(value, int) and value == 1):
+    """One argument as Triton's launcher specialises it, or, if ``plain``, leaves it."""
+    if value is None or (isinstance(value, int) and value == 1 and not plain):
         signature[name], constants[name] = "constexpr", value
     elif isinstance(value, Tensor):
         signature[name] = "*" + _TYPES[value.dtype]
@@ -105,7 +107,7 @@ def _describe(
         signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{block}]>"
     elif isinstance(value, int):
         signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if value % 16 == 0:
+        if value % 16 == 0 and not plain:
             attributes[(index,)] = [["tt.divisibility", 16]]
     elif isinstance(value, tl.dtype):
         signature[name], constants[name] = "constexpr", value

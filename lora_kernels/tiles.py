@@ -95,9 +95,11 @@ def expand_bits(bits, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
 
 
 @triton.jit
-def load_keep(bits_ptr, rows, byte_col, num_rows, num_cols, BM: tl.constexpr, BN: tl.constexpr):
-    """The stored keep mask at ``rows`` and the BN columns from ``8·byte_col`` on, ``[BM, BN]``."""
-    num_bytes = (num_cols + 7) // 8
+def load_keep(bits_ptr, rows, byte_col, num_rows, num_bytes, BM: tl.constexpr, BN: tl.constexpr):
+    """The stored keep mask at ``rows`` and the BN columns from ``8·byte_col`` on, ``[BM, BN]``.
+
+    ``num_bytes`` of a row comes from the host: there Triton sees what divides it.
+    """
     byte_cols = byte_col + tl.arange(0, BN // 8)
     mask = (rows < num_rows)[:, None] & (byte_cols < num_bytes)[None, :]
     offsets = rows.to(tl.int64)[:, None] * num_bytes + byte_cols[None, :]
@@ -115,6 +117,7 @@ def rank_tile(
     M,
     N,
     R,
+    num_bytes,
     scale,
     stride_um,
     stride_ur,
@@ -140,7 +143,7 @@ def rank_tile(
         acc = dot(u, cast(v, DTYPE), acc, PRECISION)
     acc *= scale
     if HAS_MASK:
-        keep = load_keep(bits_ptr, rows, pid_n * (BLOCK_N // 8), M, N, BLOCK_M, BLOCK_N)
+        keep = load_keep(bits_ptr, rows, pid_n * (BLOCK_N // 8), M, num_bytes, BLOCK_M, BLOCK_N)
         acc = tl.where(keep, acc, 0.0)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + cols * stride_bias, mask=cols < N, other=0.0)
@@ -220,3 +223,12 @@ def num_sms(x: Tensor) -> int:
     if x.device.type != "cuda":
         return _absent_sms
     return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def rank_by_8(thin: Tensor) -> bool:
+    """Whether rows of ``[M, R]`` come in whole groups of 8, which Triton does not see by itself.
+
+    It knows what 16 divides and no less, and would load each number of rank 8 or 24 alone.
+    """
+    rank = thin.shape[1]
+    return rank % 8 == 0 and thin.stride(0) % 8 == 0 and thin.stride(1) == 1

@@ -98,7 +98,7 @@ ROWS = (
     Row(ANY, "one_kernel", 2, Config(64, 64, 64, 8, 3), r=32),
     Row(ANY, "one_kernel", 2, Config(32, 64, 64, 4, 3)),
     Row(ANY, "one_kernel", 4, Config(32, 32, 32, 8, 2)),
-    Row(ANY, "gemm", 2, Config(64, 64, 64, 4, 3), m=512),
+    Row(ANY, "gemm", 2, Config(64, 64, 64, 8, 3), m=512),
     Row(ANY, "gemm", 2, Config(128, 128, 64, 8, 3), shared=BIG),
     Row(ANY, "gemm", 2, Config(128, 128, 32, 8, 3)),
     Row(ANY, "gemm", 4, Config(64, 64, 32, 8, 2)),
@@ -116,7 +116,7 @@ ROWS = (
     Row(ANY, "dxa_db", 2, Config(64, 64, 0, 8, 2)),
     Row(ANY, "dxa_db", 4, Config(32, 32, 0, 8, 2)),
     Row((9, 0), "da", 2, Config(64, 0, 128, 4, 3)),
-    Row(ANY, "da", 2, Config(64, 0, 64, 4, 3)),
+    Row(ANY, "da", 2, Config(64, 0, 64, 8, 3)),
     Row(ANY, "da", 4, Config(32, 0, 32, 4, 2)),
 )
 
@@ -195,6 +195,7 @@ def strategy(
     *,
     dropped: bool,
     tma: bool,
+    sms: int,
 ) -> str:
     """How to compute ``"forward"`` or ``"dx"``: a name of `STRATEGIES`.
 
@@ -204,6 +205,7 @@ def strategy(
         shape: see `Shape`.
         dropped: whether dropout is applied.
         tma: whether the big operands' strides and addresses suit TMA descriptors.
+        sms: multiprocessors of the GPU.
 
     Raises:
         RuntimeError: `use_strategy` asked for one that cannot serve this call.
@@ -214,7 +216,7 @@ def strategy(
         if refusal:
             raise RuntimeError(f"strategy {asked!r} was asked for {role}, but {refusal}")
         return asked
-    return _by_arithmetic(role, capability, dtype, shape, dropped, tma)
+    return _by_arithmetic(role, capability, dtype, shape, dropped, tma, sms)
 
 
 def _by_arithmetic(
@@ -224,20 +226,27 @@ def _by_arithmetic(
     shape: Shape,
     dropped: bool,
     tma: bool,
+    sms: int,
 ) -> str:
     m, n, k, r = shape
+    # Without dropout no kernel of ours need draw a mask.
+    cublas = "beta1" if dropped else "aten"
     if dtype == torch.float32:
         # Triton's IEEE float32 product is far from cuBLAS's.
         return "beta1"
-    if m <= 64 and not dropped:
+    if m <= 64:
         # Bound by launches and by reading W, which cuBLAS splits over the whole GPU.
-        return "aten"
+        return cublas
     hopper = not _refusal("hopper", capability, dtype, shape, dropped, tma)
-    # x·Aᵀ once more for each column of tiles can cost less than reading x twice; on Hopper only
-    # while a launch counts for more than what its own instructions gain.
-    narrow = n * r < 184 * 128 and r <= ONE_KERNEL_RANK
-    if role == "forward" and narrow and (not hopper or 2 * m * n * k < 24e9):
+    work = 2 * m * n * k
+    # x·Aᵀ once more for each column of tiles can cost less than reading x twice, while a launch
+    # counts for more than what the better products gain: some 30 µs of work.
+    narrow = n * r < 184 * (128 if hopper else 64) and r <= ONE_KERNEL_RANK
+    if role == "forward" and narrow and work < (24e9 if hopper else 8e9):
         return "one_kernel"
+    if 4 * m * n < 3 * sms * 128 * (128 if n <= 1024 or not hopper else 256):
+        # Too few tiles for the GPU, and ours do not split the contraction.
+        return cublas
     if k <= (4096 if hopper else 2048):
         return "hopper" if hopper else "fused"
     return "beta1"

@@ -64,27 +64,6 @@ def test_dxa_db_gives_what_is_needed_and_no_more(needs):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SHAPES, ids=str)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_da(case, dtype, dropout_p, device, poisoned):
-    t = make(case, dtype, device)
-    dxa = torch.randn(case.m, case.r).to(device, dtype)
-    keep = keep_mask(seed_of(5, device), case.m, case.k, dropout_p) if dropout_p else None
-    bits = None if keep is None else pack_bits(keep)
-    ours = kernels.compute_da(dxa, t.x, bits, dropout_p, config=Config(32, 0, 32))
-    plain, truth = (
-        dxa.to(d).t() @ (t.x.to(d) if keep is None else t.x.to(d) * keep / (1 - dropout_p))
-        for d in (dtype, torch.float64)
-    )
-    assert_close(ours, plain, truth, "da")
-    wide = kernels.compute_da(
-        dxa, t.x, bits, dropout_p, dtype=torch.float32, config=Config(32, 0, 32)
-    )
-    assert wide.dtype == torch.float32 and torch.equal(wide.to(dtype), ours)
-
-
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("case", [Case(70, 40, 136, 16), Case(40, 32, 48, 160)], ids=str)
 @pytest.mark.parametrize("name", tuning.STRATEGIES["dx"])
@@ -149,16 +128,40 @@ def test_any_strides_of_dy(device, poisoned):
                 torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_db_taken_apart_is_db(bias, device, monkeypatch, poisoned):
+    t = make(Case(70, 40, 24, 16), torch.bfloat16, device, factors=torch.float32)
+    xa = torch.randn(70, 16).to(device, torch.bfloat16)
+    needs = Needs(True, False, True, True, bias)
+    arguments = (t.dy, *t[:4], xa, SCALE, None, 0.0, needs, (8, 0))
+    with tuning.use_strategy(dx="fused"):
+        together = kernels.backward(*arguments)
+        monkeypatch.setattr(kernels, "_slabs_outweigh", lambda *_: True)
+        apart = kernels.backward(*arguments)
+    for field, one, other in zip(Grads._fields, apart, together, strict=True):
+        if field == "db":  # the same products, added in another order
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        else:
+            assert (one is None and other is None) or torch.equal(one, other), field
+
+
+def test_db_is_taken_apart_where_its_slabs_would_outweigh_dy():
+    def apart(m, n, r, block_m):
+        return kernels._slabs_outweigh(m, n, r, Config(block_m, 64, 0))
+
+    assert not apart(8192, 4096, 16, 256)
+    assert not apart(8192, 14336, 64, 256)  # as much as dy once more, and one launch less
+    assert apart(8192, 14336, 64, 128) and apart(131072, 14336, 128, 256)
+    assert not apart(256, 4096, 64, 32)  # small enough for the cache
+
+
 @pytest.mark.interpreted
 def test_offsets_beyond_31_bits():
     wide = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((3, 64), (2**30, 1))
     values = torch.randn(3, 64).half()
     wide.copy_(values)
-    dxa, config = torch.randn(3, 4).half(), Config(16, 16, 16)
-    assert torch.equal(
-        kernels.compute_da(dxa, wide, config=config), kernels.compute_da(dxa, values, config=config)
-    )
-    lora_b = torch.randn(64, 4).half()
+    dxa, lora_b, config = torch.randn(3, 4).half(), torch.randn(64, 4).half(), Config(16, 16, 0)
     ours = kernels.compute_dxa_db(wide, lora_b, dxa, 1.0, need_dbias=True, config=config)
     same = kernels.compute_dxa_db(values, lora_b, dxa, 1.0, need_dbias=True, config=config)
     assert all(torch.equal(a, b) for a, b in zip(ours, same, strict=True))

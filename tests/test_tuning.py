@@ -13,7 +13,7 @@ SHAPES = [Shape(*s) for s in [(1, 1, 1, 1), (64, 4096, 4096, 16), (8192, 14336, 
 
 
 def choose(role, capability, dtype, shape, dropped=False, tma=True):
-    return tuning.strategy(role, capability, dtype, shape, dropped=dropped, tma=tma)
+    return tuning.strategy(role, capability, dtype, shape, dropped=dropped, tma=tma, sms=132)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
@@ -91,3 +91,14 @@ def test_unknown_names_list_the_known():
 def test_candidates_are_many_and_differ(kernel):
     found = tuning.candidates(kernel, (9, 0))
     assert len(found) >= 8 and len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("role", ["forward", "dx"])
+def test_few_tiles_go_to_cublas_and_many_do_not(role):
+    for m in (1, 64, 65, 256, 512):
+        shape = Shape(m, 4096, 4096, 16)
+        assert choose(role, (9, 0), torch.bfloat16, shape) == "aten"
+        assert choose(role, (9, 0), torch.bfloat16, shape, dropped=True) == "beta1"
+    assert choose(role, (9, 0), torch.bfloat16, Shape(8192, 4096, 4096, 16)) == "hopper"
+    assert choose(role, (9, 0), torch.bfloat16, Shape(8192, 4096, 14336, 16)) == "beta1"
+    assert choose(role, (8, 0), torch.bfloat16, Shape(8192, 4096, 1024, 16)) == "fused"

@@ -19,16 +19,17 @@ from ..tiles import (
     cast,
     dot,
     launch,
-    load_keep,
     load_tile,
     num_sms,
     precision,
+    rank_by_8,
 )
 from ..tuning import Config, Shape
 from . import reference
 from .gemm import expand, hopper_gemm, pointer_gemm, suits_tma
 from .partials import Partial, chunks, slabs_like, sum_partials
 from .reference import Grads, Needs
+from .thin import compute_da, compute_db
 
 # Above this rank the passes for dxa, db and da are matrix products worth cuBLAS's while.
 _SKINNY_RANK = 128
@@ -36,7 +37,7 @@ _SKINNY_RANK = 128
 _Room = tuple[Tensor | None, Tensor | None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["STEPS"])
 def dxa_db_kernel(
     dy_ptr,
     b_ptr,
@@ -60,11 +61,14 @@ def dxa_db_kernel(
     NEED_DXA: tl.constexpr,
     NEED_DB: tl.constexpr,
     NEED_DBIAS: tl.constexpr,
+    RANK_BY_8: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    if RANK_BY_8:
+        R, stride_bn = (R // 8) * 8, (stride_bn // 8) * 8
     tiles_r = tl.cdiv(R, BLOCK_R)
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid_r = tl.program_id(0) % tiles_r
@@ -97,52 +101,6 @@ def dxa_db_kernel(
         dxa_ptrs += rows.to(tl.int64)[:, None] * R + ranks[None, :]
         inside = (rows < M)[:, None] & (ranks < R)[None, :]
         tl.store(dxa_ptrs, cast(acc * dxa_scale, dxa_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def da_kernel(
-    dxa_ptr,
-    x_ptr,
-    bits_ptr,
-    da_ptr,
-    M,
-    K,
-    R,
-    keep_scale,
-    stride_dxam,
-    stride_dxar,
-    stride_xm,
-    stride_xk,
-    STEPS,
-    DTYPE: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    tiles_r = tl.cdiv(R, BLOCK_R)
-    tiles_k = tl.cdiv(K, BLOCK_K)
-    pid_r = tl.program_id(0) % tiles_r
-    pid_k = (tl.program_id(0) // tiles_r) % tiles_k
-    chunk = tl.program_id(0) // (tiles_r * tiles_k)
-    cols = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    ranks = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    # Transposed, so that the long side K is the product's rows: the rank alone would be too few
-    # for Hopper's widest instruction.
-    acc = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
-    for step in range(chunk * STEPS, min((chunk + 1) * STEPS, tl.cdiv(M, BLOCK_M))):
-        rows = step * BLOCK_M + tl.arange(0, BLOCK_M)
-        x = load_tile(x_ptr, rows, cols, stride_xm, stride_xk, M, K)  # [BM, BK]
-        dxa = load_tile(dxa_ptr, rows, ranks, stride_dxam, stride_dxar, M, R)  # [BM, BR]
-        if HAS_MASK:
-            keep = load_keep(bits_ptr, rows, pid_k * (BLOCK_K // 8), M, K, BLOCK_M, BLOCK_K)
-            x = tl.where(keep, x, 0.0)
-        acc = dot(tl.trans(x), dxa, acc, PRECISION)
-    da_ptrs = da_ptr + chunk.to(tl.int64) * R * K
-    da_ptrs += ranks.to(tl.int64)[None, :] * K + cols[:, None]
-    inside = (cols < K)[:, None] & (ranks < R)[None, :]
-    tl.store(da_ptrs, cast(acc * keep_scale, da_ptr.dtype.element_ty), mask=inside)
 
 
 def compute_dxa_db(
@@ -216,6 +174,7 @@ def compute_dxa_db(
         NEED_DXA=need_dxa,
         NEED_DB=need_db,
         NEED_DBIAS=need_dbias,
+        RANK_BY_8=rank_by_8(lora_b),
         PRECISION=precision(dy.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -223,64 +182,6 @@ def compute_dxa_db(
     )
     sum_partials(jobs)
     return dxa, db, dbias
-
-
-def compute_da(
-    dxa: Tensor,
-    x: Tensor,
-    keep_bits: Tensor | None = None,
-    dropout_p: float = 0.0,
-    *,
-    dtype: torch.dtype | None = None,
-    config: Config,
-) -> Tensor:
-    """``da = dxaᵀ·drop(x)`` in one pass over x.
-
-    Args:
-        dxa: ``[M, R]`` of x's dtype.
-        x: ``[M, K]``, float32, float16 or bfloat16, any strides.
-        keep_bits: uint8 ``[M, ceil(K / 8)]``, or None for no dropout.
-        dropout_p: probability that the bits were drawn with.
-        dtype: of the result, x's by default.
-        config: block_m, block_k.
-
-    Returns:
-        da ``[R, K]``.
-    """
-    (m, k), r = x.shape, dxa.shape[1]
-    block_r = block_of(r)
-    tiles = triton.cdiv(k, config.block_k) * triton.cdiv(r, block_r)
-    split, steps = chunks(tiles, triton.cdiv(m, config.block_m), num_sms(x))
-    da = torch.empty(r, k, dtype=dtype or x.dtype, device=x.device)
-    out = da if split == 1 else slabs_like(split, r, k, device=x.device)
-    launch(
-        da_kernel,
-        tiles * split,
-        config.warps,
-        config.stages,
-        dxa_ptr=dxa,
-        x_ptr=x,
-        bits_ptr=keep_bits,
-        da_ptr=out,
-        M=m,
-        K=k,
-        R=r,
-        keep_scale=1.0 if keep_bits is None else 1.0 / (1.0 - dropout_p),
-        stride_dxam=dxa.stride(0),
-        stride_dxar=dxa.stride(1),
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
-        STEPS=steps,
-        DTYPE=TRITON_DTYPES[x.dtype],
-        HAS_MASK=keep_bits is not None,
-        PRECISION=precision(x.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_K=config.block_k,
-        BLOCK_R=block_r,
-    )
-    if split > 1:
-        sum_partials([Partial(out, da)])
-    return da
 
 
 def backward(
@@ -309,6 +210,7 @@ def backward(
         Shape(m, k, n, r),
         dropped=keep_bits is not None,
         tma=suits_tma(dy) and dy.stride(1) == 1 and suits_tma(weight) and k % 8 == 0,
+        sms=num_sms(x),
     )
     if name == "aten":
         return reference.backward(dy, x, weight, lora_a, lora_b, xa, scale, None, 0.0, needs)
@@ -326,16 +228,20 @@ def backward(
         if need_dxa:
             dxa = (dy @ lora_b.to(dy.dtype)).mul_(scale)
     elif need_dxa or needs.lora_b:
+        chosen = config("dxa_db")
+        apart = need_dxa and needs.lora_b and _slabs_outweigh(m, n, r, chosen)
         dxa, db, dbias = compute_dxa_db(
             dy,
             lora_b,
             xa,
             scale,
             need_dxa=need_dxa,
-            need_db=needs.lora_b,
+            need_db=needs.lora_b and not apart,
             need_dbias=needs.bias,
-            config=config("dxa_db"),
+            config=chosen,
         )
+        if apart:
+            db = compute_db(dy, xa, scale, lora_b.dtype, config=config("da"))
     elif needs.bias:
         dbias = dy.sum(0, dtype=torch.float32).to(dy.dtype)
     if needs.lora_a:
@@ -364,3 +270,13 @@ def backward(
             )
     dweight = dy.t() @ x if needs.weight else None
     return Grads(dx, dweight, da, db, dbias)
+
+
+def _slabs_outweigh(m: int, n: int, r: int, config: Config) -> bool:
+    """Whether db's partial sums would cost more than reading dy once more.
+
+    They are written and read, ``8·M/block_m·N·R`` bytes of float32, beside dy's ``2·M·N``; small
+    ones stay in the L2 cache and are free.
+    """
+    slabs = 4 * triton.cdiv(m, config.block_m) * n * r
+    return 4 * r > config.block_m and slabs > 2**24

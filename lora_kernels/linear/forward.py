@@ -32,7 +32,7 @@ from .gemm import expand, hopper_gemm, pointer_gemm, suits_tma
 from .partials import Partial, chunks, slabs_like, sum_partials
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["STEPS", "threshold"])
 def xa_kernel(
     x_ptr,
     a_ptr,
@@ -42,6 +42,7 @@ def xa_kernel(
     M,
     K,
     R,
+    num_bytes,
     threshold,
     keep_scale,
     stride_xm,
@@ -63,7 +64,6 @@ def xa_kernel(
     chunk = tl.program_id(0) // (tiles_r * tiles_m)
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    num_bytes = tl.cdiv(K, 8)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
@@ -86,7 +86,7 @@ def xa_kernel(
     tl.store(out_ptrs, cast(acc * keep_scale, out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def one_kernel_kernel(
     x_ptr,
     w_ptr,
@@ -101,6 +101,7 @@ def one_kernel_kernel(
     N,
     K,
     R,
+    num_bytes,
     scale,
     threshold,
     keep_scale,
@@ -127,7 +128,6 @@ def one_kernel_kernel(
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
-    num_bytes = tl.cdiv(K, 8)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -298,6 +298,7 @@ def forward(
         shape,
         dropped=seed is not None,
         tma=suits_tma(x) and x.stride(1) == 1 and suits_tma(weight) and weight.shape[0] % 8 == 0,
+        sms=num_sms(x),
     )
     if name == "aten":
         return *reference.forward(x, weight, lora_a, lora_b, bias, scale, None, 0.0), None
@@ -327,6 +328,7 @@ def _dropout_arguments(
     return {
         "bits_ptr": bits,
         "seed_ptr": seed,
+        "num_bytes": 0 if bits is None else bits.shape[1],
         "threshold": 0 if seed is None else keep_threshold(dropout_p),
         "keep_scale": 1.0 if seed is None else 1.0 / (1.0 - dropout_p),
         "HAS_DROPOUT": seed is not None,

@@ -49,11 +49,14 @@ def pointer_gemm_kernel(
     N,
     K,
     R,
+    num_bytes,
     scale,
     stride_pm,
     stride_pk,
     stride_qk,
     stride_qn,
+    p_step,
+    q_step,
     stride_um,
     stride_ur,
     stride_vr,
@@ -82,6 +85,7 @@ def pointer_gemm_kernel(
         M,
         N,
         R,
+        num_bytes,
         scale,
         stride_um,
         stride_ur,
@@ -102,8 +106,12 @@ def pointer_gemm_kernel(
     col_ok = (cols < N)[None, :]
     if HAS_PRODUCT:
         inner = tl.arange(0, BLOCK_K)
-        p_ptrs = p_ptr + rows.to(tl.int64)[:, None] * stride_pm + inner[None, :] * stride_pk
-        q_ptrs = q_ptr + inner[:, None] * stride_qk + cols.to(tl.int64)[None, :] * stride_qn
+        p_ptrs = (
+            p_ptr + rows.to(tl.int64)[:, None] * stride_pm + inner.to(tl.int64)[None, :] * stride_pk
+        )
+        q_ptrs = (
+            q_ptr + inner.to(tl.int64)[:, None] * stride_qk + cols.to(tl.int64)[None, :] * stride_qn
+        )
         for start in range(0, K, BLOCK_K):
             if EVEN_K:
                 p = tl.load(p_ptrs, mask=row_ok, other=0.0)  # [BM, BK]
@@ -113,8 +121,8 @@ def pointer_gemm_kernel(
                 p = tl.load(p_ptrs, mask=row_ok & inner_ok[None, :], other=0.0)
                 q = tl.load(q_ptrs, mask=inner_ok[:, None] & col_ok, other=0.0)
             acc = dot(p, q, acc, PRECISION)
-            p_ptrs += BLOCK_K * stride_pk
-            q_ptrs += BLOCK_K * stride_qk
+            p_ptrs += p_step
+            q_ptrs += q_step
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
     tl.store(out_ptrs, cast(acc, DTYPE), mask=row_ok & col_ok)
 
@@ -132,6 +140,7 @@ def hopper_gemm_kernel(
     N,
     K,
     R,
+    num_bytes,
     scale,
     stride_um,
     stride_ur,
@@ -161,6 +170,7 @@ def hopper_gemm_kernel(
             M,
             N,
             R,
+            num_bytes,
             scale,
             stride_um,
             stride_ur,
@@ -236,6 +246,8 @@ def pointer_gemm(
         stride_pk=p.stride(1),
         stride_qk=q.stride(0),
         stride_qn=q.stride(1),
+        p_step=config.block_k * p.stride(1),
+        q_step=config.block_k * q.stride(0),
         HAS_PRODUCT=True,
         EVEN_K=k % config.block_k == 0,
         PRECISION=precision(p.dtype),
@@ -331,6 +343,8 @@ def expand(
         stride_pk=0,
         stride_qk=0,
         stride_qn=0,
+        p_step=0,
+        q_step=0,
         HAS_PRODUCT=False,
         EVEN_K=True,
         PRECISION=precision(u.dtype),
@@ -359,6 +373,7 @@ def _rank_arguments(
         "bias_ptr": bias,
         "bits_ptr": keep_bits,
         "R": u.shape[1],
+        "num_bytes": 0 if keep_bits is None else keep_bits.shape[1],
         "scale": scale if keep_bits is None else scale / (1.0 - dropout_p),
         "stride_um": u.stride(0),
         "stride_ur": u.stride(1),

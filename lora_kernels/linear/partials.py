@@ -1,7 +1,7 @@
 """The second stage of every split sum: partial sums in float32, added in a fixed order.
 
 A split over programs needs either float atomics, whose order changes between runs, or this: one
-slab a program and one small pass that adds them. The slabs mostly stay in L2.
+slab a program and one small pass that adds them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..tiles import cast, launch
 
-_BLOCK = 1024
+# Sixteen slabs at a time, or a program would wait for one load after the other.
+_BLOCK, _SLABS = 256, 16
 
 
 class Partial(NamedTuple):
@@ -27,18 +28,29 @@ class Partial(NamedTuple):
 
 
 @triton.jit
-def _sum_slabs(partials_ptr, out_ptr, slabs, size, scale, block, BLOCK: tl.constexpr):
+def _sum_slabs(
+    partials_ptr,
+    out_ptr,
+    slabs,
+    size,
+    scale,
+    block,
+    BLOCK: tl.constexpr,
+    SLABS: tl.constexpr,
+):
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    slab_ptrs = partials_ptr + at
-    for _ in range(slabs):
-        total += tl.load(slab_ptrs, mask=mask, other=0.0)
-        slab_ptrs += size
-    tl.store(out_ptr + at, cast(total * scale, out_ptr.dtype.element_ty), mask=mask)
+    rows = tl.arange(0, SLABS)
+    total = tl.zeros((SLABS, BLOCK), dtype=tl.float32)
+    ptrs = partials_ptr + rows.to(tl.int64)[:, None] * size + at[None, :]
+    for start in range(0, slabs, SLABS):
+        mask = (start + rows < slabs)[:, None] & (at < size)[None, :]
+        total += tl.load(ptrs, mask=mask, other=0.0)
+        ptrs += tl.cast(size, tl.int64) * SLABS
+    result = cast(tl.sum(total, 0) * scale, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, result, mask=at < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slabs0", "slabs1", "slabs2", "blocks0", "blocks1"])
 def sum_partials_kernel(
     partials0_ptr,
     partials1_ptr,
@@ -59,15 +71,16 @@ def sum_partials_kernel(
     blocks1,
     JOBS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLABS: tl.constexpr,
 ):
     block = tl.program_id(0)
     if block < blocks0:
-        _sum_slabs(partials0_ptr, out0_ptr, slabs0, size0, scale0, block, BLOCK)
+        _sum_slabs(partials0_ptr, out0_ptr, slabs0, size0, scale0, block, BLOCK, SLABS)
     if JOBS >= 2 and block >= blocks0 and block < blocks0 + blocks1:
-        _sum_slabs(partials1_ptr, out1_ptr, slabs1, size1, scale1, block - blocks0, BLOCK)
+        _sum_slabs(partials1_ptr, out1_ptr, slabs1, size1, scale1, block - blocks0, BLOCK, SLABS)
     if JOBS == 3 and block >= blocks0 + blocks1:
         later = block - blocks0 - blocks1
-        _sum_slabs(partials2_ptr, out2_ptr, slabs2, size2, scale2, later, BLOCK)
+        _sum_slabs(partials2_ptr, out2_ptr, slabs2, size2, scale2, later, BLOCK, SLABS)
 
 
 def sum_partials(jobs: list[Partial]) -> None:
@@ -85,7 +98,8 @@ def sum_partials(jobs: list[Partial]) -> None:
             f"size{index}": job.out.numel(),
             f"scale{index}": job.scale,
         }
-    launch(sum_partials_kernel, sum(blocks), 4, 1, JOBS=len(jobs), BLOCK=_BLOCK, **arguments)
+    sizes = {"JOBS": len(jobs), "BLOCK": _BLOCK, "SLABS": _SLABS}
+    launch(sum_partials_kernel, sum(blocks), 4, 1, **sizes, **arguments)
 
 
 def slabs_like(count: int, *shape: int, device: torch.device) -> Tensor:
