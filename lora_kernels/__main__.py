@@ -52,7 +52,7 @@ _RESOURCES = """\
 Compile every kernel and block configuration that the table has for a GPU, without that GPU, and
 print what each takes: registers a thread, bytes spilled to memory, shared memory a block, and
 the tensor-core instructions that it multiplies with (mma up to Ada, wgmma on Hopper, tcgen05 on
-Blackwell; none for float32 in full precision)."""
+Blackwell; none for float32 in full precision). Sizes are taken to be multiples of 16."""
 
 _RESOURCES_NEXT = """\
 A matrix product (gemm, hopper, expand, one_kernel) fails if it spills at all; the passes that wait

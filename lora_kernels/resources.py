@@ -189,6 +189,10 @@ def sweep_cases(capability: tuple[int, int]) -> list[Case]:
     bfloat16 each width is compiled with all that the kernel can take along (bias, dropout, wide A
     and B), and the narrowest also plain; float16, which differs in the types of its instructions
     alone, and float32, in IEEE and in TF32, are compiled with all there is at the widest.
+
+    Sizes and strides are multiples of 16, as a layer's mostly are. Where they are not, loads of
+    single elements take the place of wide ones, and some of the products spill a little: `check`
+    proves them right, and nothing here asks them to be fast.
     """
     cases: list[Case] = []
     for kernel in tuning.KERNELS:
