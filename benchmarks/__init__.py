@@ -1,0 +1,1 @@
+"""What LoRA costs, and who is fastest: suites, contenders, timing, report, tuner."""

@@ -1,0 +1,215 @@
+"""Everything that a GPU machine should be asked, in one run that stops in time.
+
+``python benchmarks/gpu_run.py OUT --minutes 9`` from a checkout, installed or not, offline. In
+order: the environment, the GPU tests, `python -m lora_kernels check`, the suites, the tuner, the
+report. Each stage writes to OUT as it ends, and what runs over its share of the time is stopped:
+
+- ``run.json``: the machine, and each stage's command, exit status and seconds, anew after each;
+- ``run.log``: what the stages printed;
+- ``benchmarks.json``: the suites' rows so far, as `python -m benchmarks.report` reads them;
+- ``tuning.json`` and ``tuning.txt``: rows to paste into `lora_kernels.tuning`;
+- ``report.md`` and its plots.
+
+The exit status is 0 where every stage that ran succeeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITES = ("linear", "block", "training", "files")
+
+
+class Stage(NamedTuple):
+    """A command and the most of the remaining time that it may take.
+
+    Attributes:
+        name: for `--stages` and run.json.
+        command: its arguments, run in the repository's root.
+        share: of the time that is left when it starts.
+        stops_itself: give it `--time-limit` a little before it would be stopped.
+    """
+
+    name: str
+    command: list[str]
+    share: float
+    stops_itself: bool = False
+
+
+def stages(out: Path, scratch: Path, full: bool, commit: str | None, jobs: int) -> list[Stage]:
+    """All stages, in order."""
+    python = [sys.executable, "-u"]
+    pytest = [*python, "-m", "pytest", "-p", "no:cacheprovider"]
+    stamped = ["--commit", commit] if commit else []
+    listed = [
+        Stage("environment", [*python, "-c", _ENVIRONMENT, *stamped], 0.2),
+        Stage("tests", [*pytest, "tests", "-m", "gpu", "-q"], 0.35),
+        Stage("check", [*python, "-m", "lora_kernels", "check"], 0.3),
+    ]
+    for suite, share in zip(SUITES, (0.5, 0.3, 0.3, 0.2), strict=True):
+        command = [*pytest, f"benchmarks/test_{suite}.py", "--benchmark-only", "-q", *stamped]
+        command += [f"--benchmark-json={scratch / suite}.json", *["--full"] * full]
+        listed.append(Stage(suite, command, share, stops_itself=True))
+    tune = [*python, "-m", "benchmarks.tune", "--out", str(out / "tuning.json"), *stamped]
+    listed.append(Stage("tune", [*tune, "--jobs", str(jobs)], 0.9))
+    report = [*python, "-m", "benchmarks.report", str(out / "benchmarks.json"), "--out", str(out)]
+    listed.append(Stage("report", report, 1.0))
+    return listed
+
+
+# Run in a process of its own, so that a broken driver cannot take this one down.
+_ENVIRONMENT = """
+import json, sys
+from benchmarks import machine
+device = machine.best_device()
+commit = sys.argv[2] if len(sys.argv) > 2 else None
+print(json.dumps({**machine.stamp(device, commit), "ceilings": machine.ceilings(device)}))
+"""
+# Kept back from the tuner for the report.
+REPORT_SECONDS = 30.0
+# Between asking a stage to stop and killing it.
+GRACE_SECONDS = 10.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the stages; the exit status of the script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="folder for the results")
+    parser.add_argument("--minutes", type=float, default=25.0, help="for everything (default 25)")
+    parser.add_argument("--stages", help="only these, with commas between")
+    parser.add_argument("--full", action="store_true", help="the suites' every problem")
+    parser.add_argument("--commit", help="to stamp rows with, where git cannot tell")
+    parser.add_argument("--jobs", type=int, default=8, help="processes that compile for the tuner")
+    options = parser.parse_args(arguments)
+    options.out = options.out.resolve()  # the stages run in the repository's root
+    deadline = time.monotonic() + 60 * options.minutes
+    with tempfile.TemporaryDirectory() as scratch:
+        listed = stages(options.out, Path(scratch), options.full, options.commit, options.jobs)
+        known = [stage.name for stage in listed]
+        wanted = options.stages.split(",") if options.stages else known
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(known)}")
+        options.out.mkdir(parents=True, exist_ok=True)
+        return run([s for s in listed if s.name in wanted], options.out, Path(scratch), deadline)
+
+
+def run(listed: list[Stage], out: Path, scratch: Path, deadline: float) -> int:
+    """Run stages in order until the deadline (of `time.monotonic`); 0 if all went well."""
+    done: dict[str, Any] = {"machine": None, "stages": []}
+    (out / "run.log").write_text("", encoding="utf-8")
+    for stage in listed:
+        left = deadline - time.monotonic()
+        limit = stage.share * (left if stage.name == "report" else left - REPORT_SECONDS)
+        record: dict[str, Any] = {"stage": stage.name, "command": _shown(stage.command)}
+        done["stages"].append(record)
+        if limit <= GRACE_SECONDS:
+            record["status"] = "not run: out of time"
+        else:
+            record |= _run_stage(stage, out / "run.log", limit)
+        if stage.name == "environment" and record.get("status") == 0:
+            done["machine"] = json.loads(record.pop("last_line"))
+        record.pop("last_line", None)
+        if stage.name in SUITES:
+            merge(scratch, out / "benchmarks.json")
+        if stage.name == "tune":
+            _tuning_rows(out)
+        (out / "run.json").write_text(json.dumps(done, indent=1), encoding="utf-8")
+        print(f"{stage.name}: {record['status']} ({record.get('seconds', 0)} s)", flush=True)
+    return 0 if all(record["status"] == 0 for record in done["stages"]) else 1
+
+
+def _run_stage(stage: Stage, log: Path, limit: float) -> dict[str, Any]:
+    command = list(stage.command)
+    if stage.stops_itself:
+        command.append(f"--time-limit={max(1.0, limit - 3 * GRACE_SECONDS):.0f}")
+    if stage.name == "tune":
+        command.append(f"--minutes={max(0.1, (limit - 3 * GRACE_SECONDS) / 60):.2f}")
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    start = time.monotonic()
+    with log.open("ab") as file:
+        file.write(f"\n===== {stage.name}: {_shown(command)}\n".encode())
+        file.flush()
+        begin = file.tell()
+        # A session of its own, so that a stage's children are stopped with it.
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        status: Any
+        try:
+            status = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {limit:.0f} s"
+            _stop(process)
+    with log.open("rb") as file:
+        file.seek(begin)
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return {
+        "status": status,
+        "seconds": round(time.monotonic() - start, 1),
+        "last_line": lines[-1] if lines else "",
+    }
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    for sign in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(timeout=GRACE_SECONDS)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def merge(scratch: Path, target: Path) -> None:
+    """One file of all the suites' JSON so far; nothing where there is none yet."""
+    merged: dict[str, Any] = {}
+    for suite in SUITES:
+        path = scratch / f"{suite}.json"
+        try:
+            text = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # not run, or stopped while writing
+            continue
+        if not merged:
+            merged = text
+        else:
+            merged["benchmarks"] += text["benchmarks"]
+            merged["missing"] += text["missing"]
+    if merged:
+        target.write_text(json.dumps(merged), encoding="utf-8")
+
+
+def _tuning_rows(out: Path) -> None:
+    """The tuner's part of the log, as a file of its own."""
+    log = (out / "run.log").read_text(encoding="utf-8", errors="replace")
+    rows = log.rpartition("===== tune: ")[2].partition("\n")[2]
+    (out / "tuning.txt").write_text(rows, encoding="utf-8")
+
+
+def _shown(command: list[str]) -> str:
+    return " ".join("…" if "\n" in word else word for word in ["python", *command[1:]])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

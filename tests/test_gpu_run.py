@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks import gpu_run
+from benchmarks.gpu_run import Stage
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="stages are stopped by POSIX signals")
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def read(out):
+    done = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    return {record["stage"]: record for record in done["stages"]}, done
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_run, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(gpu_run, "REPORT_SECONDS", 0.2)
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    out.mkdir()
+    scratch.mkdir()
+    return out, scratch
+
+
+def test_each_stage_leaves_its_result_even_after_a_failure(folders):
+    out, scratch = folders
+    rows = '{"benchmarks": [1], "missing": [2], "machine_info": {}}'
+    listed = [
+        Stage("environment", python("print('noise'); print('{\"device\": \"D\"}')"), 0.5),
+        Stage("tests", python("raise SystemExit(3)"), 0.5),
+        Stage(
+            "linear", python(f"open({str(scratch / 'linear.json')!r}, 'w').write({rows!r})"), 0.5
+        ),
+        Stage("block", python("import sys; sys.exit('dies before it writes')"), 0.5),
+        Stage("files", python(f"open({str(scratch / 'files.json')!r}, 'w').write({rows!r})"), 0.5),
+        Stage("tune", python("print('Row(1)')"), 0.5),
+    ]
+    assert gpu_run.run(listed, out, scratch, time.monotonic() + 60) == 1
+    records, done = read(out)
+    statuses = {name: record["status"] for name, record in records.items()}
+    assert statuses == {
+        "environment": 0,
+        "tests": 3,
+        "linear": 0,
+        "block": 1,
+        "files": 0,
+        "tune": 0,
+    }
+    assert done["machine"] == {"device": "D"}
+    merged = json.loads((out / "benchmarks.json").read_text(encoding="utf-8"))
+    assert merged["benchmarks"] == [1, 1] and merged["missing"] == [2, 2]
+    assert (out / "tuning.txt").read_text(encoding="utf-8") == "Row(1)\n"
+    assert "dies before it writes" in (out / "run.log").read_text(encoding="utf-8")
+    assert len(list(out.iterdir())) <= 8
+
+
+def test_suites_are_told_when_to_stop(folders):
+    out, scratch = folders
+    show = python("import sys; print(sys.argv[1:])")
+    listed = [Stage("linear", show, 0.5, stops_itself=True), Stage("tune", show, 0.5)]
+    assert gpu_run.run(listed, out, scratch, time.monotonic() + 100.2) == 0
+    log = (out / "run.log").read_text(encoding="utf-8")
+    assert "['--time-limit=49']" in log and "['--minutes=0.82']" in log
+
+
+def test_a_stage_and_its_children_are_stopped(folders):
+    out, scratch = folders
+    pid = scratch / "pid"
+    stubborn = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        f"open({str(pid)!r}, 'w').write(str(child.pid)); time.sleep(60)"
+    )
+    listed = [Stage("linear", python(stubborn), 0.25), Stage("files", python("pass"), 0.9)]
+    start = time.monotonic()
+    assert gpu_run.run(listed, out, scratch, start + 8) == 1
+    assert time.monotonic() - start < 8
+    records, _ = read(out)
+    assert records["linear"]["status"] == "stopped after 2 s" and records["files"]["status"] == 0
+    assert not alive(int(pid.read_text()))
+
+
+def alive(pid):
+    for _ in range(50):
+        try:
+            with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+                if stat.read().rpartition(")")[2].split()[0] == "Z":
+                    return False
+        except FileNotFoundError:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def test_out_of_time(folders):
+    out, scratch = folders
+    assert gpu_run.run([Stage("tests", python("pass"), 0.5)], out, scratch, time.monotonic()) == 1
+    assert read(out)[0]["tests"]["status"] == "not run: out of time"
+
+
+def test_the_stages_and_their_order(tmp_path):
+    listed = gpu_run.stages(tmp_path, tmp_path, full=True, commit="abc", jobs=3)
+    names = [stage.name for stage in listed]
+    assert names == [
+        "environment",
+        "tests",
+        "check",
+        "linear",
+        "block",
+        "training",
+        "files",
+        "tune",
+        "report",
+    ]
+    by_name = {stage.name: " ".join(stage.command) for stage in listed}
+    assert "-m pytest" in by_name["tests"] and "tests -m gpu" in by_name["tests"]
+    assert "-m lora_kernels check" in by_name["check"]
+    for suite in gpu_run.SUITES:
+        assert (gpu_run.ROOT / "benchmarks" / f"test_{suite}.py").is_file()
+        assert "--full" in by_name[suite] and "--commit abc" in by_name[suite]
+
+
+@pytest.mark.slow
+def test_uninstalled_from_another_folder(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    script = str(gpu_run.ROOT / "benchmarks" / "gpu_run.py")
+    command = [sys.executable, script, "results", "--minutes", "3", "--stages", "environment"]
+    done = subprocess.run(
+        [*command, "--commit", "abc"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, run = read(tmp_path / "results")
+    assert run["machine"]["commit"] == "abc" and run["machine"]["ceilings"]["bandwidth"] > 0
+
+
+def test_unknown_stage(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu_run.main([str(tmp_path / "out"), "--stages", "linear,magic"])
+    assert "no stage magic; there are environment, tests" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

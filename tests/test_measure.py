@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import contextlib
+import time
+
+import pytest
+import torch
+
+from benchmarks import measure
+
+CPU = torch.device("cpu")
+
+
+class Recorder(measure.Call):
+    """Notes what is done to it, and when."""
+
+    def __init__(self, name, log, before=0.0, during=0.0):
+        self.name, self.log, self.before, self.during = name, log, before, during
+
+    def prepare(self):
+        self.log.append((self.name, "prepare"))
+        time.sleep(self.before)
+
+    @contextlib.contextmanager
+    def context(self):
+        self.log.append((self.name, "enter"))
+        yield
+        self.log.append((self.name, "exit"))
+
+    def run(self):
+        self.log.append((self.name, "run"))
+        time.sleep(self.during)
+
+
+def test_spread_interpolates():
+    assert measure.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == pytest.approx((3.0, 1.8, 4.2))
+    assert measure.spread([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_ratios_are_paired_by_round():
+    # The machine is ten times as slow in the last round: the medians' ratio would say 2 or 20.
+    ratio = measure.paired_ratio([2.0, 2.0, 20.0, 20.0], [1.0, 1.0, 10.0, 10.0])
+    assert ratio == (2.0, 2.0, 2.0)
+    assert measure.paired_ratio([3.0, 4.0, 50.0], [1.0, 2.0, 10.0]).median == 3.0
+    with pytest.raises(ValueError, match="3 samples cannot be paired with 2"):
+        measure.paired_ratio([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+def test_every_round_has_every_call_once_in_changing_order():
+    log = []
+    calls = {name: Recorder(name, log) for name in "abcd"}
+    samples = measure.interleave(calls, CPU, seconds=0.0, least_rounds=6, warmup_rounds=2)
+    assert {name: len(taken) for name, taken in samples.items()} == dict.fromkeys("abcd", 6)
+    order = [name for name, what in log if what == "run"]
+    rounds = ["".join(order[i : i + 4]) for i in range(0, len(order), 4)]
+    assert len(rounds) == 8 and all(sorted(r) == list("abcd") for r in rounds)
+    assert len(set(rounds)) > 2
+    assert [what for _, what in log[:4]] == ["prepare", "enter", "run", "exit"]
+
+
+def test_only_the_work_is_timed():
+    calls = {"slow to prepare": Recorder("x", [], 0.03, 0.0), "slow": Recorder("y", [], 0.0, 0.03)}
+    samples = measure.interleave(calls, CPU, seconds=0.0, least_rounds=3, warmup_rounds=0)
+    assert max(samples["slow to prepare"]) < 0.02
+    assert min(samples["slow"]) >= 0.03
+
+
+def test_time_bounds_the_rounds():
+    calls = {"a": Recorder("a", [], 0.0, 0.01)}
+    taken = measure.interleave(calls, CPU, seconds=0.1, least_rounds=1, warmup_rounds=0)["a"]
+    assert 2 <= len(taken) <= 11
+    many = measure.interleave({"a": Recorder("a", [])}, CPU, seconds=5.0)["a"]
+    assert len(many) == measure.MOST_ROUNDS
+
+
+def test_peak_is_what_is_held_at_most():
+    class Allocates(measure.Call):
+        def prepare(self):
+            pass
+
+        def run(self):
+            kept = torch.ones(2**18)  # 1 MiB
+            for _ in range(3):
+                kept = kept + torch.ones(2**20).sum()  # 4 MiB, one at a time
+            return kept
+
+    peak = measure.peak_bytes(Allocates(), CPU)
+    assert 5 * 2**20 <= peak < 6 * 2**20
