@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -46,10 +47,11 @@ def stage(request: pytest.FixtureRequest) -> Stage:
     return request.config.stash[STAGE]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionfinish() -> None:
-    # That there is nothing to save (all skipped, say) is said by the rows themselves.
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish() -> Generator[None, Any, Any]:
+    # All rows may have been skipped, and each has said why.
     warnings.filterwarnings("ignore", message="Not saving anything, no benchmarks")
+    return (yield)
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
