@@ -54,11 +54,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``xa = drop(x)·Aᵀ``, ``y = x·Wᵀ + scale·xa·Bᵀ + bias``; returns ``(y, xa)`` in x's dtype."""
     if keep is None:
-        xa = x @ lora_a.to(x.dtype).t()
+        xa = x @ _as(lora_a, x.dtype).t()
     else:
-        xa = _kept(x, keep) @ lora_a.to(x.dtype).t() * (1.0 / (1.0 - dropout_p))
+        xa = _kept(x, keep) @ _as(lora_a, x.dtype).t() * (1.0 / (1.0 - dropout_p))
     y = F.linear(x, weight, bias)
-    factor = lora_b.to(x.dtype).t()
+    factor = _as(lora_b, x.dtype).t()
     if torch.compiler.is_compiling():
         # torch 2.11 traces an output written in place into gradients that are silently zero.
         return y.addmm(xa, factor, alpha=scale), xa
@@ -86,23 +86,29 @@ def backward(
     if needs.x or needs.lora_a:
         # Wherever dxa is used the mask follows, so the 1 / (1 - p) of both goes in here.
         factor = scale if keep is None else scale / (1.0 - dropout_p)
-        dxa = (dy @ lora_b.to(dy.dtype)).mul_(factor)
+        dxa = (dy @ _as(lora_b, dy.dtype)).mul_(factor)
     if needs.lora_b:
         # MKL multiplies a tall dyᵀ at two thirds of the speed of the thin xaᵀ.
-        db = (xa.t() @ dy).mul_(scale).t().contiguous().to(lora_b.dtype)
+        db = (xa.t() @ dy).mul_(scale).t().contiguous()
+        db = _as(db, lora_b.dtype)
     if needs.lora_a:
-        da = (dxa.t() @ (x if keep is None else _kept(x, keep))).to(lora_a.dtype)
+        da = _as(dxa.t() @ (x if keep is None else _kept(x, keep)), lora_a.dtype)
     if needs.x:
         dx = dy @ weight
         if keep is None:
-            dx.addmm_(dxa, lora_a.to(dy.dtype))
+            dx.addmm_(dxa, _as(lora_a, dy.dtype))
         else:
-            dx.addcmul_(dxa @ lora_a.to(dy.dtype), keep.view(torch.uint8))
+            dx.addcmul_(dxa @ _as(lora_a, dy.dtype), keep.view(torch.uint8))
     if needs.weight:
         dweight = dy.t() @ x
     if needs.bias:
         dbias = dy.sum(0, dtype=torch.float32).to(dy.dtype) if _narrow(dy) else dy.sum(0)
     return Grads(dx, dweight, da, db, dbias)
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`Tensor.to` for tensors that mostly are so already: a comparison instead of a call."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _kept(x: Tensor, keep: Tensor) -> Tensor:
