@@ -196,6 +196,9 @@ def merge(scratch: Path, target: Path) -> None:
         else:
             merged["benchmarks"] += text["benchmarks"]
             merged["missing"] += text["missing"]
+    for row in merged.get("benchmarks", ()):
+        if isinstance(row, dict):
+            row.pop("options", None)  # of pytest-benchmark's own timing, which is not used
     if merged:
         target.write_text(json.dumps(merged), encoding="utf-8")
 

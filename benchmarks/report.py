@@ -16,6 +16,10 @@ from . import plots
 from .measure import Spread, paired_ratio, spread
 
 Row = dict[str, Any]
+SUITES = ("linear", "block", "training", "files")
+# What `--readme` fills.
+MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
+README_COLUMNS = ("three calls", "three calls, addmm", "peft", "peft, bf16 adapters", "ours")
 STAMP = ("device", "driver", "cuda", "torch", "triton", "peft", "transformers", "python", "commit")
 
 
@@ -24,9 +28,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("json", nargs="+", type=Path, help="of pytest --benchmark-json=…")
     parser.add_argument("--out", type=Path, help="folder to write to; the first file's by default")
+    parser.add_argument(
+        "--readme",
+        nargs="+",
+        type=Path,
+        default=[],
+        help=f"files whose part between {MARKERS[0]} and {MARKERS[1]} becomes the short table",
+    )
     options = parser.parse_args(arguments)
     try:
         rows, missing = load(options.json)
+        for path in options.readme:
+            text = with_table(path.read_text(encoding="utf-8"), summary(rows))
+            path.write_text(text, encoding="utf-8")
     except ReportError as error:
         parser.error(str(error))
     out = options.out or options.json[0].parent
@@ -37,6 +51,36 @@ def main(arguments: list[str] | None = None) -> None:
         markdown(rows, missing) + pictures + "\n" + details(rows), encoding="utf-8"
     )
     print(f"wrote {out / 'report.md'}" + "".join(f", {path.name}" for path in drawn))
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The linears that were measured with and without dropout, forward and backward, in short."""
+    linear = [r for r in rows if r["suite"] == "linear" and r["direction"] == "both"]
+    linear = [r for r in linear if r["timing"] == "call"]
+    dropped = {(r["k"], r["n"], r["m"], r["rank"]) for r in linear if r["dropout"]}
+    linear = [r for r in linear if (r["k"], r["n"], r["m"], r["rank"]) in dropped]
+    names = [n for n in README_COLUMNS if any(row["contender"] == n for row in linear)]
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for (dtype, label), of_label in _grouped(linear, "dtype", "label"):
+        by_name = {row["contender"]: row for row in of_label}
+        against = by_name.get(of_label[0]["base"])
+        ratios = [_ratio(by_name.get(name), against) for name in names]
+        cells = ["–" if ratio is None else f"{ratio.median:.2f}" for ratio in ratios]
+        lines.append(f"| {dtype}, {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def with_table(text: str, table: str) -> str:
+    """``text`` with ``table`` between the markers.
+
+    Raises:
+        ReportError: it has no such markers.
+    """
+    before, begin, rest = text.partition(MARKERS[0])
+    _, end, after = rest.partition(MARKERS[1])
+    if not (begin and end):
+        raise ReportError(f"no {MARKERS[0]} … {MARKERS[1]} to put the table between")
+    return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 class ReportError(ValueError):
@@ -83,6 +127,7 @@ def markdown(rows: Sequence[Row], missing: Sequence[Row]) -> str:
     for device, of_device in _grouped(rows, "device"):
         parts.append(f"## {device}\n")
         parts.append("; ".join(_stamp(of_device)) + "\n")
+        of_device = sorted(of_device, key=lambda row: SUITES.index(row["suite"]))
         for (suite, section), table in _grouped(of_device, "suite", "section"):
             parts.append(f"### {suite}: {section}\n")
             parts.append(_ratio_table(table))
@@ -198,8 +243,8 @@ def _rate_table(rows: Sequence[Row]) -> str:
 def _missing_list(missing: Sequence[Row]) -> str:
     lines = []
     for (contender, reason), rows in _grouped(missing, "contender", "reason"):
-        where = "; ".join(sorted({f"{row['suite']}: {row['section']}" for row in rows}))
-        lines.append(f"- {contender}: {reason} (rows: {len(rows)}, of {where})")
+        suites = ", ".join(dict.fromkeys(row["suite"] for row in rows))
+        lines.append(f"- {contender}: {reason} ({suites}: {len(rows)} row{'s' * (len(rows) > 1)})")
     return "\n".join(lines) + "\n"
 
 
