@@ -53,11 +53,12 @@ def forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """``xa = drop(x)·Aᵀ``, ``y = x·Wᵀ + scale·xa·Bᵀ + bias``; returns ``(y, xa)`` in x's dtype."""
+    # The big product first: it reads x from memory behind its arithmetic, the thin one from cache.
+    y = F.linear(x, weight, bias)
     if keep is None:
         xa = x @ _as(lora_a, x.dtype).t()
     else:
         xa = _kept(x, keep) @ _as(lora_a, x.dtype).t() * (1.0 / (1.0 - dropout_p))
-    y = F.linear(x, weight, bias)
     factor = _as(lora_b, x.dtype).t()
     if torch.compiler.is_compiling():
         # torch 2.11 traces an output written in place into gradients that are silently zero.
@@ -83,22 +84,23 @@ def backward(
     ``dx = dy·W + mask⊙(dxa·A)``, ``dweight = dyᵀ·x``, ``dbias = Σ dy``.
     """
     dx = dweight = da = db = dbias = None
+    if needs.x:
+        dx = dy @ weight  # first, as in forward
     if needs.x or needs.lora_a:
         # Wherever dxa is used the mask follows, so the 1 / (1 - p) of both goes in here.
         factor = scale if keep is None else scale / (1.0 - dropout_p)
         dxa = (dy @ _as(lora_b, dy.dtype)).mul_(factor)
+    if dx is not None:  # while dx is in the cache
+        if keep is None:
+            dx.addmm_(dxa, _as(lora_a, dy.dtype))
+        else:
+            dx.addcmul_(dxa @ _as(lora_a, dy.dtype), keep.view(torch.uint8))
     if needs.lora_b:
         # MKL multiplies a tall dyᵀ at two thirds of the speed of the thin xaᵀ.
         db = (xa.t() @ dy).mul_(scale).t().contiguous()
         db = _as(db, lora_b.dtype)
     if needs.lora_a:
         da = _as(dxa.t() @ (x if keep is None else _kept(x, keep)), lora_a.dtype)
-    if needs.x:
-        dx = dy @ weight
-        if keep is None:
-            dx.addmm_(dxa, _as(lora_a, dy.dtype))
-        else:
-            dx.addcmul_(dxa @ _as(lora_a, dy.dtype), keep.view(torch.uint8))
     if needs.weight:
         dweight = dy.t() @ x
     if needs.bias:
