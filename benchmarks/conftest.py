@@ -24,6 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SECONDS",
         help="measure nothing new after so many seconds; what was measured is kept",
     )
+    group.addoption(
+        "--seconds", type=float, help="of measuring a linear or a block; more narrows the spread"
+    )
     group.addoption("--commit", help="the commit to stamp rows with, where git cannot tell")
 
 

@@ -46,8 +46,8 @@ class Stage(NamedTuple):
     stops_itself: bool = False
 
 
-def stages(out: Path, scratch: Path, full: bool, commit: str | None, jobs: int) -> list[Stage]:
-    """All stages, in order."""
+def stages(out: Path, scratch: Path, more: list[str], commit: str | None, jobs: int) -> list[Stage]:
+    """All stages, in order; ``more`` are options for the suites."""
     python = [sys.executable, "-u"]
     pytest = [*python, "-m", "pytest", "-p", "no:cacheprovider"]
     stamped = ["--commit", commit] if commit else []
@@ -58,7 +58,7 @@ def stages(out: Path, scratch: Path, full: bool, commit: str | None, jobs: int) 
     ]
     for suite, share in zip(SUITES, (0.5, 0.3, 0.3, 0.2), strict=True):
         command = [*pytest, f"benchmarks/test_{suite}.py", "--benchmark-only", "-q", *stamped]
-        command += [f"--benchmark-json={scratch / suite}.json", *["--full"] * full]
+        command += [f"--benchmark-json={scratch / suite}.json", *more]
         listed.append(Stage(suite, command, share, stops_itself=True))
     tune = [*python, "-m", "benchmarks.tune", "--out", str(out / "tuning.json"), *stamped]
     listed.append(Stage("tune", [*tune, "--jobs", str(jobs)], 0.9))
@@ -90,13 +90,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=25.0, help="for everything (default 25)")
     parser.add_argument("--stages", help="only these, with commas between")
     parser.add_argument("--full", action="store_true", help="the suites' every problem")
+    parser.add_argument("--seconds", type=float, help="of measuring each linear and block")
     parser.add_argument("--commit", help="to stamp rows with, where git cannot tell")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile for the tuner")
     options = parser.parse_args(arguments)
     options.out = options.out.resolve()  # the stages run in the repository's root
     deadline = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as scratch:
-        listed = stages(options.out, Path(scratch), options.full, options.commit, options.jobs)
+        more = ["--full"] * options.full
+        more += [] if options.seconds is None else ["--seconds", str(options.seconds)]
+        listed = stages(options.out, Path(scratch), more, options.commit, options.jobs)
         known = [stage.name for stage in listed]
         wanted = options.stages.split(",") if options.stages else known
         unknown = [name for name in wanted if name not in known]

@@ -109,6 +109,7 @@ def interleave(
                 sample = clock.time(call.run)
             if round_number >= 0:
                 samples[name].append(sample)
+    synchronize(device)
     return {name: [clock.seconds(s) for s in taken] for name, taken in samples.items()}
 
 

@@ -112,11 +112,30 @@ def measure_together(
     return outcomes
 
 
+def _measured(
+    measure_problem: Callable[[Any, list[str]], dict[str, Outcome]], problem: Any, names: list[str]
+) -> dict[str, Outcome]:
+    """An outcome for each name, also where what they all share cannot be made."""
+    try:
+        return measure_problem(problem, names)
+    except torch.OutOfMemoryError as error:
+        shared = Outcome(unavailable=str(error).splitlines()[0])
+    except Exception:
+        shared = Outcome(broken=traceback.format_exc())
+    return dict.fromkeys(names, shared)
+
+
 def _graph(call: measure.Call, repeats: int) -> measure.GraphCall:
     try:
         return measure.GraphCall(call, repeats)
     except RuntimeError as error:
         raise Unavailable(f"cannot be held in a CUDA graph: {error}") from error
+
+
+def seconds_for(config: pytest.Config, default: float, full: float) -> float:
+    """How long to measure a problem: as asked for by ``--seconds``, or by the selection."""
+    asked = config.getoption("--seconds")
+    return asked if asked is not None else full if config.getoption("--full") else default
 
 
 class Stage:
@@ -162,7 +181,7 @@ class Stage:
                 if getattr(item, "originalname", None) == request.node.originalname
                 and item.callspec.params["problem"] == problem  # type: ignore[attr-defined]
             ]
-            self.measured[key] = measure_problem(problem, names)
+            self.measured[key] = _measured(measure_problem, problem, names)
         outcome = self.measured[key][contender]
         benchmark.group = f"{info['suite']}: {problem}"
         if outcome.unavailable is not None:

@@ -16,7 +16,7 @@ from benchmarks.gate import GateError, compare
 from benchmarks.measure import Call
 from benchmarks.rivals import three_calls
 from benchmarks.shapes import DTYPES
-from benchmarks.stage import Outcome, Stage, measure_together, replayed_seconds
+from benchmarks.stage import Outcome, Stage, measure_together, replayed_seconds, seconds_for
 from lora_kernels import apply_lora
 
 NAMES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
@@ -269,7 +269,7 @@ def test_block(
     info = problem._asdict() | {"base": "frozen", "base_is_rival": False}
     info["section"] = f"{problem.dtype}, seven projections, forward and backward"
     info["label"] = f"{problem.model}, M {problem.m}, r {problem.rank}"
-    seconds = FULL_SECONDS if request.config.getoption("--full") else SECONDS
+    seconds = seconds_for(request.config, SECONDS, FULL_SECONDS)
 
     def measure_problem(problem: BlockProblem, names: list[str]) -> dict[str, Outcome]:
         return measure_block(problem, names, seconds)

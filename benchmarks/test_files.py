@@ -26,7 +26,7 @@ OPERATIONS = ("save", "load", "merge")
 # By the suffix of the path: our own two formats and PEFT's directory.
 FORMATS = {"ours": ".safetensors", "ours, .pth": ".pth", "ours, PEFT's directory": ""}
 TARGETS = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
-SECONDS = 1.0
+SECONDS = 0.5
 
 
 class Task(NamedTuple):
@@ -72,7 +72,7 @@ def test_files(
     request: pytest.FixtureRequest,
     benchmark: object,
 ) -> None:
-    info = problem._asdict() | {"base": RIVAL, "base_is_rival": True}
+    info = problem._asdict() | {"dtype": "float32", "base": RIVAL, "base_is_rival": True}
     info["section"] = f"MiniMind, rank {RANK} on every linear but the head"
     info["label"] = f"{problem.operation}, {problem.n_layers} layers"
     stage.row(request, benchmark, measure_files, info)
@@ -108,7 +108,7 @@ def measure_files(task: Task, names: list[str]) -> dict[str, Outcome]:
                 raise GateError(f"{name}: logits off by {off:.2e} after {task.operation}")
             return call
 
-        return measure_together(names, proven, device, SECONDS)
+        return measure_together(names, proven, device, SECONDS, least_rounds=5, warmup_rounds=1)
 
 
 class _Files:

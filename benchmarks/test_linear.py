@@ -11,11 +11,11 @@ from benchmarks import machine
 from benchmarks.contenders import COMPILED, CONTENDERS, FLOOR, Step, Work, build, make_inputs
 from benchmarks.gate import Gate
 from benchmarks.shapes import DTYPES, Problem, compiled_too, linear_problems
-from benchmarks.stage import Outcome, Stage, measure_together, replayed_seconds
+from benchmarks.stage import Outcome, Stage, measure_together, replayed_seconds, seconds_for
 
 SECONDS = 1.2  # for all contenders of a problem
 FULL_SECONDS = 5.0
-MOST_SETS = 64
+MOST_SETS = 256
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -38,7 +38,7 @@ def test_linear(
     request: pytest.FixtureRequest,
     benchmark: object,
 ) -> None:
-    seconds = FULL_SECONDS if request.config.getoption("--full") else SECONDS
+    seconds = seconds_for(request.config, SECONDS, FULL_SECONDS)
 
     def measure_problem(problem: Problem, names: list[str]) -> dict[str, Outcome]:
         return measure_linear(problem, names, machine.best_device(), seconds)
@@ -78,7 +78,7 @@ def measure_linear(
 
     ring = [make_inputs(problem, device, seed) for seed in range(sets_to_rotate(problem, device))]
     shared = [0]
-    repeats = min(len(ring), 16) if problem.timing == "graph" else 0
+    repeats = len(ring) if problem.timing == "graph" else 0
     return measure_together(names, proven, device, seconds, graph_repeats=repeats)
 
 

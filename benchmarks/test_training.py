@@ -41,7 +41,7 @@ class Job(NamedTuple):
 def jobs(device: str, full: bool) -> list[Job]:
     """A step is the epoch of one batch."""
     if device == "cpu":
-        return [Job(BATCH, 2), Job(256 if full else 16, 2)] + [Job(BATCH, 8)] * full
+        return [Job(BATCH, 2), Job(256 if full else 12, 2)] + [Job(BATCH, 8)] * full
     return [Job(count, layers) for layers in (2, 8) for count in (BATCH, 1024 if full else 128)]
 
 
@@ -127,8 +127,10 @@ def measure_training(job: Job, names: list[str]) -> dict[str, Outcome]:
 
     # Everything has run once or twice by then, and a padded epoch is long.
     outcomes = measure_together(names, proven, device, 0.0, least_rounds=3, warmup_rounds=0)
-    for outcome in outcomes.values():
+    for name, outcome in outcomes.items():
         if outcome.samples:
+            narrow = name == "ours" or (name == RIVAL and device.type == "cuda")
+            outcome.info["dtype"] = str(best_dtype(device) if narrow else torch.float32)[6:]
             seconds = spread(outcome.samples).median
             outcome.info["samples_per_second"] = round(len(dataset) / seconds, 1)
             outcome.info["tokens_per_second"] = round(sum(dataset.lengths) / seconds)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ from benchmarks import report
 
 pytest.importorskip("matplotlib")
 
+ROOT = Path(__file__).parent.parent
 STAMP = {
     "device": "Some GPU",
     "driver": "1.2",
@@ -124,3 +126,30 @@ def test_other_files_are_refused(tmp_path, text, capsys):
     with pytest.raises(SystemExit):
         report.main([str(path)])
     assert "x.json" in capsys.readouterr().err
+
+
+def test_the_short_table_goes_between_the_markers(tmp_path):
+    rows = [
+        row(name, [s] * 3, dropout=p, label=f"p {p}")
+        for p in (0.0, 0.1)
+        for name, s in (("frozen", 2.0), ("peft", 3.0), ("beta=1", 9.0), ("ours", 2.5))
+    ]
+    rows += [row(name, [1.0], m=7) for name in ("frozen", "ours")]  # not measured with dropout
+    path = write(tmp_path / "a.json", rows)
+    readme = tmp_path / "README.md"
+    readme.write_text("before <!-- benchmarks: begin -->old<!-- benchmarks: end --> after")
+    report.main([str(path), "--readme", str(readme)])
+    assert readme.read_text(encoding="utf-8") == (
+        "before <!-- benchmarks: begin -->\n| | peft | ours |\n|---|---|---|\n"
+        "| bfloat16, p 0.0 | 1.50 | 1.25 |\n| bfloat16, p 0.1 | 1.50 | 1.25 |\n"
+        "<!-- benchmarks: end --> after"
+    )
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_readme_shows_the_newest_results(name):
+    newest = max((ROOT / "benchmarks" / "results").glob("*/benchmarks.json"))
+    text = (ROOT / name).read_text(encoding="utf-8")
+    rows, _ = report.load([newest])
+    assert report.with_table(text, report.summary(rows)) == text
+    assert f"({newest.parent.relative_to(ROOT)}/report.md)" in text

@@ -110,7 +110,7 @@ def test_out_of_time(folders):
 
 
 def test_the_stages_and_their_order(tmp_path):
-    listed = gpu_run.stages(tmp_path, tmp_path, full=True, commit="abc", jobs=3)
+    listed = gpu_run.stages(tmp_path, tmp_path, ["--full"], "abc", jobs=3)
     names = [stage.name for stage in listed]
     assert names == [
         "environment",
