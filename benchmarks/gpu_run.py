@@ -214,7 +214,9 @@ def _tuning_rows(out: Path) -> None:
 
 
 def _shown(command: list[str]) -> str:
-    return " ".join("…" if "\n" in word else word for word in ["python", *command[1:]])
+    """A command as it could be typed in the repository's root, without a program's text."""
+    words = ["…" if "\n" in word else word for word in ["python", *command[1:]]]
+    return " ".join(words).replace(f"{ROOT}{os.sep}", "")
 
 
 if __name__ == "__main__":
