@@ -28,7 +28,7 @@ def make(m=4, k=5, n=3, r=2, dtype=torch.float64, lead=None):
     }
 
 
-def seeded(scale, dropout_p, seed=7):
+def seeded(scale, dropout_p, seed=8):
     """`lora_linear` of its five tensors, drawing the same mask at every call."""
 
     def function(*tensors):
@@ -98,7 +98,7 @@ def test_any_strides_of_x_and_dy(layout, dropout_p):
     for tensor in tensors.values():
         tensor.requires_grad_()
     inputs = tuple(tensors.values())
-    torch.manual_seed(7)
+    torch.manual_seed(8)
     keep = draw_keep_mask(tensors["x"].reshape(-1, 5), dropout_p).view(*rows, 5)
     for kind, dy in dys.items():
         ours = oracle.gradients(seeded(0.7, dropout_p), inputs, dy)
@@ -126,7 +126,7 @@ def test_any_strides_of_x_and_dy(layout, dropout_p):
 def test_error_budget(device, backend, dtype, m, k, n, r, dropout_p, poisoned):
     tensors = {name: t.to(device) for name, t in make(m, k, n, r, dtype).items()}
     dy = torch.randn(m, n, dtype=dtype).to(device)
-    torch.manual_seed(7)
+    torch.manual_seed(8)
     keep = drawn_mask(tensors["x"], dropout_p, backend)
 
     def statement(*inputs):
