@@ -31,11 +31,6 @@ def draw_keep_mask(x: Tensor, dropout_p: float) -> Tensor:
     return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout_p)
 
 
-def apply_keep_mask(x: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
-    """Inverted dropout with a given mask: ``x`` where kept, over ``1 - dropout_p``; else 0."""
-    return torch.where(keep, x * (1.0 / (1.0 - dropout_p)), 0.0)
-
-
 def draw_seed(device: torch.device) -> Tensor:
     """One int64 ``[1]`` from torch's generator; it stays on the device, nothing waits for it."""
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
