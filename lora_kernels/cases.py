@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from .dropout import apply_keep_mask, keep_mask, pack_bits, unpack_bits
+from .dropout import keep_mask, pack_bits, unpack_bits
 from .linear import backward, forward, gemm, reference
 from .tuning import Config, Shape
 
@@ -194,13 +194,13 @@ class Case:
             if keep is None:
                 out.addmm_(u, v, alpha=SCALE)
             else:
-                out.add_(apply_keep_mask((u @ v).mul_(SCALE), keep, p))
+                out.add_(_dropped((u @ v).mul_(SCALE), keep, p))
             return {"dx" if self.dx else "y": out}
         if self.kernel in ("xa", "one_kernel"):
             x, a = t["x"], t["a"]
             masked = {} if keep is None else {"keep": keep}
             if self.kernel == "xa":
-                dropped = x if keep is None else apply_keep_mask(x, keep, p)
+                dropped = x if keep is None else _dropped(x, keep, p)
                 return {"xa": dropped @ a.to(x.dtype).t(), **masked}
             y, xa = reference.forward(x, t["weight"], a, t["b"], bias, SCALE, keep, p)
             return {"y": y, "xa": xa, **masked}
@@ -211,7 +211,7 @@ class Case:
             dxa = (t["dy"] @ t["b"].to(t["dy"].dtype)).mul_(SCALE)
             found = {"dxa": dxa, "db": grads.db, "dbias": grads.dbias}
             return {name: grad for name, grad in found.items() if grad is not None}
-        dropped = t["x"] if keep is None else apply_keep_mask(t["x"], keep, p)
+        dropped = t["x"] if keep is None else _dropped(t["x"], keep, p)
         return {"da": (t["xa"].t() @ dropped).to(t["a"].dtype)}
 
 
@@ -328,3 +328,7 @@ def _without_bits(out: Tensors, cols: int) -> Tensors:
     if "keep" in out:
         out["keep"] = unpack_bits(out["keep"], cols)
     return out
+
+
+def _dropped(x: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
+    return torch.where(keep, x * (1.0 / (1.0 - dropout_p)), 0.0)

@@ -166,7 +166,7 @@ class _PlainLoRALinear(torch.autograd.Function):
         _LoRALinear.setup_context(ctx, inputs, output)
         return output
 
-    backward = _LoRALinear.backward
+    backward = _LoRALinear.backward  # type: ignore[assignment]
 
 
 def _check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
