@@ -29,6 +29,13 @@ class Choice(NamedTuple):
     reason: str
 
 
+def _no_cuda(device_type: str) -> str:
+    return f"x is on {device_type}, the kernels run on cuda"
+
+
+_ON_CPU = Choice("reference", _no_cuda("cpu"))
+
+
 def choose(
     x: Tensor,
     weight: Tensor | None = None,
@@ -46,8 +53,8 @@ def choose(
     """
     if _asked_for == "reference":
         return Choice("reference", "asked for by use_backend")
-    if _asked_for is None and x.device.type != "cuda":
-        return Choice("reference", f"x is on {x.device.type}, the kernels run on cuda")
+    if _asked_for is None and not x.is_cuda:
+        return _ON_CPU if x.is_cpu else Choice("reference", _no_cuda(x.device.type))
     tensors = [t for t in (x, weight, lora_a, lora_b, bias) if t is not None]
     rank = None if lora_a is None else lora_a.shape[0]
     refusal = _device_refusal(x.device.type, x.device.index) or _tensor_refusal(tensors, rank)
@@ -68,7 +75,7 @@ def _device_refusal(device_type: str, index: int | None) -> str:
     if device_type == "cpu" and _interpreting():
         return ""
     if device_type != "cuda":
-        return f"x is on {device_type}, the kernels run on cuda"
+        return _no_cuda(device_type)
     if not TRITON_INSTALLED:
         return "triton is not installed"
     if torch.version.hip:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from closeness import MULTIPLE
 from tiny_families import (
     FAMILIES,
     assert_rounding_apart,
@@ -18,6 +17,7 @@ from tiny_families import (
 from tiny_peft import TOKENS
 
 from lora_kernels import accelerate_peft, apply_lora, disable_lora, merge_lora
+from lora_kernels.closeness import MULTIPLE
 
 # PEFT asks transformers by an old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

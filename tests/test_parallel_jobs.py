@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_cli import finetune, talk, write
+from tiny_minimind import one_thread  # noqa: F401 - as in the processes; acts by itself
 from tiny_processes import in_processes
 
 from minimind import jobs, load_model

@@ -169,11 +169,12 @@ class _PlainLoRALinear(torch.autograd.Function):
     backward = _LoRALinear.backward  # type: ignore[assignment]
 
 
+_NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
+
+
 def _check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
-    named = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
-    if bias is not None:
-        named["bias"] = bias
-    for name, tensor in named.items():
+    tensors = (x, weight, lora_a, lora_b, x if bias is None else bias)
+    for name, tensor in zip(_NAMES, tensors, strict=True):
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             came = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a floating-point tensor, got {came}")
