@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -135,13 +136,18 @@ def test_the_stages_and_their_order(tmp_path):
 def test_uninstalled_from_another_folder(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     script = str(gpu_run.ROOT / "benchmarks" / "gpu_run.py")
-    command = [sys.executable, script, "results", "--minutes", "3", "--stages", "environment"]
+    (tmp_path / "results").mkdir()
+    measured = max((gpu_run.ROOT / "benchmarks" / "results").glob("*/benchmarks.json"))
+    shutil.copy(measured, tmp_path / "results")
+    command = [sys.executable, script, "results", "--minutes", "3", "--stages"]
+    command.append("environment,report")
     done = subprocess.run(
         [*command, "--commit", "abc"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     _, run = read(tmp_path / "results")
     assert run["machine"]["commit"] == "abc" and run["machine"]["ceilings"]["bandwidth"] > 0
+    assert "## " in (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
 
 
 def test_unknown_stage(tmp_path, capsys):
