@@ -157,12 +157,14 @@ class LoRALinear(nn.Linear):
         """The plain ``nn.Linear`` that shares this module's weight, bias, hooks and mode."""
         linear = nn.Linear.__new__(nn.Linear)
         linear.__dict__.update(_own_copy(self))
-        del linear.__dict__["_lora_config"], linear.__dict__["_lora_state"]
+        for name in ("_lora_config", "_lora_scale", "_lora_state"):
+            del linear.__dict__[name]
         del linear._modules["lora"]
         return linear
 
     def _add_lora(self, config: LayerConfig) -> None:
         self._lora_config = config
+        self._lora_scale = config.scale
         self._lora_state = ACTIVE
         weight = self.weight
         self.lora = LoRA(
@@ -192,7 +194,7 @@ class LoRALinear(nn.Linear):
     @property
     def scale(self) -> float:
         """Factor on the LoRA branch."""
-        return self._lora_config.scale
+        return self._lora_scale
 
     @property
     def dropout(self) -> float:
@@ -203,14 +205,15 @@ class LoRALinear(nn.Linear):
         """``x [..., K]`` to ``y [..., N]``, see `lora_linear`."""
         if self._lora_state != ACTIVE:
             return F.linear(x, self.weight, self.bias)
+        lora = self._modules["lora"]
         return lora_linear(
             x,
-            self.weight,
-            self.lora.A.weight,
-            self.lora.B.weight,
-            self.bias,
-            scale=self.scale,
-            dropout_p=self.dropout,
+            _parameter(self, "weight"),
+            _parameter(lora.A, "weight"),  # type: ignore[union-attr]
+            _parameter(lora.B, "weight"),  # type: ignore[union-attr]
+            _parameter(self, "bias"),
+            scale=self._lora_scale,
+            dropout_p=self._lora_config.dropout,
             training=self.training,
         )
 
@@ -231,6 +234,15 @@ class LoRALinear(nn.Linear):
         if self.dropout:
             text += f", dropout={self.dropout:g}"
         return text if self._lora_state == ACTIVE else f"{text}, {self._lora_state}"
+
+
+def _parameter(module: Any, name: str) -> Any:
+    """``getattr(module, name)``, which takes a module several times as long as a dictionary.
+
+    What is computed, or put in place by FSDP for the length of a call, is in no dictionary.
+    """
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
 
 
 def _own_copy(module: nn.Module) -> dict[str, Any]:
