@@ -191,10 +191,12 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - held
-    activities = [torch.profiler.ProfilerActivity.CPU]
+    cpu = torch.profiler.ProfilerActivity.CPU
+    # With acc_events torch 2.11 has nothing to warn of.
+    options: dict[str, Any] = {"activities": [cpu], "profile_memory": True, "acc_events": True}
     with (
         call.context(),
-        torch.profiler.profile(activities=activities, profile_memory=True) as profile,
+        torch.profiler.profile(**options) as profile,
     ):
         result = call.run()
     del result
