@@ -233,6 +233,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--itemsize", type=int, default=2, help="bytes of an element")
     parser.add_argument("--dropout", action="store_true")
     options = parser.parse_args(arguments)
+    for name in ("tflops", "tbps", "fused", "m", "rank", "itemsize"):
+        if not getattr(options, name) > 0:
+            parser.error(f"--{name} must be more than 0, got {getattr(options, name)}")
     ceilings = Ceilings(options.tflops * 1e12, options.tbps * 1e12, options.fused)
     print(f"Ratio to the frozen linear, forward and backward, M = {options.m}, r = {options.rank}")
     print("| K, N | floor | " + " | ".join(STRATEGIES) + " |")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -217,9 +218,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except CheckpointError:
         raise
     except Exception as error:  # the readers raise whatever a garbled byte leads them to
+        # torch's own words on a pickle advise to load it unsafely.
+        torch_says = isinstance(error, pickle.UnpicklingError) or not str(error)
+        detail = "no detail" if torch_says else str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path} could not be read as plain tensors ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no detail'}); the file is damaged, "
+            f"{path} could not be read as plain tensors ({type(error).__name__}: {detail}); "
+            "the file is damaged, "
             "incomplete or of another kind: fetch or save it again"
         ) from error
     if not isinstance(content, Mapping) or not all(

@@ -74,3 +74,11 @@ def test_command(capsys):
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.startswith("| 4096, 4096 ")]
     assert line.split(" | ")[1] == "1.012"
+
+
+def test_ceilings_must_be_positive(capsys):
+    for name in ("tflops", "tbps", "fused"):
+        options = {"tflops": "790", "tbps": "4.3", "fused": "1", name: "-1"}
+        with pytest.raises(SystemExit):
+            roofline.main([f"--{key}={value}" for key, value in options.items()])
+        assert f"--{name} must be more than 0, got -1.0" in capsys.readouterr().err

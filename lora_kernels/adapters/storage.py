@@ -255,9 +255,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, LayerConfig]]:
                 f"{path} is not a plain dictionary of tensors: it holds pickled objects, which "
                 "could run code and are never loaded"
             ) from None
+        # torch's own words on a pickle advise to load it unsafely.
+        said = "" if isinstance(error, pickle.UnpicklingError) else f" ({_first_line(error)})"
         raise AdapterMismatchError(
-            f"{path} cannot be read as an adapter file, it may be damaged or of another kind: "
-            f"{str(error) or repr(error)}"
+            f"{path} cannot be read as an adapter file, it may be damaged or of another kind{said}"
+            "; fetch it again, or write it anew with save_lora"
         ) from None
     if not isinstance(content, Mapping):
         raise AdapterMismatchError(
@@ -396,3 +398,7 @@ def _differences(
 def _listed(names: list[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
