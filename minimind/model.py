@@ -34,6 +34,12 @@ from .layers import (
 from .moe import MoEFeedForward, MoEGate
 
 IGNORED_LABEL = -100
+# What transformers' outputs call the cache: `past_key_values` before 5.24.
+_CACHE_FIELD = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in MoeCausalLMOutputWithPast.__dataclass_fields__
+)
 
 
 class Block(GradientCheckpointingLayer):
@@ -75,7 +81,7 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = False  # the loss here is a mean; Trainer must do its own accumulation
     _supports_sdpa = True
     _no_split_modules = ["Block"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__(config)
@@ -144,6 +150,7 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """Run the model on one batch.
@@ -153,7 +160,8 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
             attention_mask: ``[B, T]``, 0 at padding, or a ready ``[B, 1, S, T]`` mask (see
                 :func:`attention_pattern`). Rows padded only on the right can do without.
             position_ids: ``[B, S]`` or ``[1, S]``; None counts the tokens that are not padding.
-            past_key_values: cache of the tokens before these; it is extended in place.
+            past_key_values, cache: of the tokens before these, extended in place; one thing under
+                the names that transformers gives it before and from 5.24.
             inputs_embeds: in place of ``input_ids``.
             labels: ``[B, S]``, aligned with the input (not shifted); -100 is ignored.
             loss_mask: ``[B, S]``, aligned with ``labels``; 1 where that token is to be learnt. The
@@ -165,8 +173,8 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
             **kwargs: ignored.
 
         Returns:
-            ``logits [B, S, V]``, ``past_key_values``, ``loss`` (mean cross entropy of the next
-            token in float32; 0 if nothing is supervised) and ``aux_loss``, the sum of the layers'
+            ``logits [B, S, V]``, ``past_key_values`` (``cache``), ``loss`` (mean cross entropy of the
+            next token in float32; 0 if nothing is supervised) and ``aux_loss``, the sum of the layers'
             balancing losses: 0 for a dense model and in eval mode. ``loss`` does *not* contain
             ``aux_loss``; the training loop adds the two.
 
@@ -188,6 +196,10 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
                 )
         if loss_mask is not None and labels is None:
             raise ValueError("loss_mask needs labels, got None; pass labels=input_ids")
+        if cache is not None:
+            if past_key_values is not None and past_key_values is not cache:
+                raise ValueError("pass either past_key_values or cache, got two different ones")
+            past_key_values = cache
         if self.training and any(block.gradient_checkpointing for block in self.blocks):
             use_cache, past_key_values = False, None  # a replayed layer would fill the cache twice
             if not inputs_embeds.requires_grad:  # or reentrant checkpoints lose the gradient
@@ -226,7 +238,7 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
             scored = head(x[:, :-1][supervised])
             loss = _mean_cross_entropy(scored, labels[:, 1:][supervised])
         result = MoeCausalLMOutputWithPast(
-            loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=past_key_values
+            loss=loss, aux_loss=aux_loss, logits=logits, **{_CACHE_FIELD: past_key_values}
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return result if as_dict else result.to_tuple()

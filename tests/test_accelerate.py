@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from tiny_peft import TOKENS, base, logits, recompute_activations
 from torch import nn
 
@@ -200,7 +201,15 @@ def test_several_adapters_in_a_batch():
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 def test_adapters_of_transformers_itself():
-    stock, ours = pair("qwen2")
+    stock = base("qwen2")
+    try:
+        stock.add_adapter(config("qwen2"), adapter_name="default")
+    except ValueError as refusal:  # by some releases, of every peft that there is yet
+        assert "version of PEFT" in str(refusal)
+        pytest.skip(f"transformers {transformers.__version__}: {refusal}")
+    fill_lora(stock).eval()
+    ours = copy.deepcopy(stock)
+    assert len(accelerate_peft(ours).taken) == 6
     for model in (stock, ours):
         torch.manual_seed(6)
         model.add_adapter(config("qwen2", r=2), adapter_name="second")

@@ -259,7 +259,8 @@ def test_a_row_of_nothing_but_padding_gives_no_nan_forward_or_backward():
 
 @pytest.mark.parametrize("chunks", [[1] * 10, [4, 6], [7, 1, 2]])
 @pytest.mark.parametrize("masked", ["no mask", "all ones", "padded"])
-def test_cache_gives_the_same_logits_as_no_cache(chunks, masked):
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_cache_gives_the_same_logits_as_no_cache(chunks, masked, name):
     model, tokens = tiny(), ids(2, 10)
     mask = torch.ones(2, 10, dtype=torch.long)
     if masked == "padded":
@@ -270,14 +271,23 @@ def test_cache_gives_the_same_logits_as_no_cache(chunks, masked):
         out = model(
             input_ids=tokens[:, start : start + size],
             attention_mask=None if masked == "no mask" else mask[:, : start + size],
-            past_key_values=cache,
             use_cache=True,
+            **{name: cache},
         )
         cache, start = out.past_key_values, start + size
         pieces.append(out.logits)
     assert isinstance(cache, DynamicCache) and cache.get_seq_length() == 10
     real = mask.bool()
     torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], atol=1e-5, rtol=1e-4)
+
+
+def test_a_cache_under_both_its_names_must_be_one():
+    model = tiny()
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids(1, 3), past_key_values=cache, cache=cache)
+    assert cache.get_seq_length() == 3
+    with pytest.raises(ValueError, match="either past_key_values or cache"):
+        model(input_ids=ids(1, 3), past_key_values=cache, cache=DynamicCache(config=model.config))
 
 
 def test_ready_made_mask_keeps_packed_sequences_apart():
