@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator
@@ -23,10 +24,17 @@ _asked_for: str | None = None
 
 
 class Choice(NamedTuple):
-    """An implementation and the reason it was taken."""
+    """An implementation and the reason it was taken.
+
+    Attributes:
+        backend: of `BACKENDS`.
+        reason: in words.
+        widened: the reference takes its products in float32 although x is narrower.
+    """
 
     backend: str
     reason: str
+    widened: bool = False
 
 
 def _no_cuda(device_type: str) -> str:
@@ -34,6 +42,7 @@ def _no_cuda(device_type: str) -> str:
 
 
 _ON_CPU = Choice("reference", _no_cuda("cpu"))
+_ASKED_FOR = Choice("reference", "asked for by use_backend")
 
 
 def choose(
@@ -52,9 +61,9 @@ def choose(
         RuntimeError: `use_backend` named one that cannot serve this call.
     """
     if _asked_for == "reference":
-        return Choice("reference", "asked for by use_backend")
+        return _on_cpu(_ASKED_FOR, x)
     if _asked_for is None and not x.is_cuda:
-        return _ON_CPU if x.is_cpu else Choice("reference", _no_cuda(x.device.type))
+        return _on_cpu(_ON_CPU, x) if x.is_cpu else Choice("reference", _no_cuda(x.device.type))
     tensors = [t for t in (x, weight, lora_a, lora_b, bias) if t is not None]
     rank = None if lora_a is None else lora_a.shape[0]
     refusal = _device_refusal(x.device.type, x.device.index) or _tensor_refusal(tensors, rank)
@@ -68,6 +77,31 @@ def choose(
     if refusal:
         return Choice("reference", refusal)
     return Choice("triton", f"the kernels serve {x.dtype} on {x.device}")
+
+
+def _on_cpu(choice: Choice, x: Tensor) -> Choice:
+    """The reference, with its products in float32 on a CPU without instructions for x's dtype.
+
+    There torch multiplies it an element at a time: on two cores with AVX2 dx of MiniMind's layers
+    took 50 to 100 times as long as by way of float32, the two conversions included.
+    """
+    if x.dtype not in _NARROW_SUPPORT or not x.is_cpu or _cpu_multiplies(x.dtype):
+        return choice
+    also = f"products in float32, since this CPU is slow to multiply {x.dtype}"
+    return Choice("reference", f"{choice.reason}; {also}", widened=True)
+
+
+# torch's own questions before it hands a product to oneDNN.
+_NARROW_SUPPORT = {
+    torch.bfloat16: "_is_mkldnn_bf16_supported",
+    torch.float16: "_is_mkldnn_fp16_supported",
+}
+
+
+@functools.cache
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    supported = getattr(torch.ops.mkldnn, _NARROW_SUPPORT[dtype], None)  # absent without oneDNN
+    return supported is not None and bool(supported())
 
 
 def _device_refusal(device_type: str, index: int | None) -> str:
@@ -92,6 +126,7 @@ def _device_refusal(device_type: str, index: int | None) -> str:
 # A tracer takes the answer as it is: the device is a constant, and imports cannot be traced. This
 # is all that torch.compiler.assume_constant_result does, but that imports the whole compiler.
 _device_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_cpu_multiplies._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _tensor_refusal(tensors: list[Tensor], rank: int | None) -> str:

@@ -35,10 +35,8 @@ from .moe import MoEFeedForward, MoEGate
 
 IGNORED_LABEL = -100
 # What transformers' outputs call the cache: `past_key_values` before 5.24.
-_CACHE_FIELD = next(
-    name
-    for name in ("cache", "past_key_values")
-    if name in MoeCausalLMOutputWithPast.__dataclass_fields__
+_CACHE_FIELD = (
+    "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 )
 
 
@@ -173,10 +171,10 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
             **kwargs: ignored.
 
         Returns:
-            ``logits [B, S, V]``, ``past_key_values`` (``cache``), ``loss`` (mean cross entropy of the
-            next token in float32; 0 if nothing is supervised) and ``aux_loss``, the sum of the layers'
-            balancing losses: 0 for a dense model and in eval mode. ``loss`` does *not* contain
-            ``aux_loss``; the training loop adds the two.
+            ``logits [B, S, V]``, ``past_key_values`` (``cache``), ``loss`` (mean cross entropy of
+            the next token in float32; 0 if nothing is supervised) and ``aux_loss``, the sum of the
+            layers' balancing losses: 0 for a dense model and in eval mode. ``loss`` does *not*
+            contain ``aux_loss``; the training loop adds the two.
 
         Raises:
             ValueError: inputs missing, of the wrong shape, too long or outside the vocabulary.
@@ -237,9 +235,8 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
             supervised = loss_mask[:, 1:].bool()
             scored = head(x[:, :-1][supervised])
             loss = _mean_cross_entropy(scored, labels[:, 1:][supervised])
-        result = MoeCausalLMOutputWithPast(
-            loss=loss, aux_loss=aux_loss, logits=logits, **{_CACHE_FIELD: past_key_values}
-        )
+        cached: dict[str, Any] = {_CACHE_FIELD: past_key_values}
+        result = MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **cached)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return result if as_dict else result.to_tuple()
 

@@ -218,6 +218,17 @@ def test_checkpointing_replays_the_mask(use_reentrant):
         assert torch.equal(tensor.grad, gradient)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_without_gradients_the_values_are_the_same(mode, autocast):
+    inputs = tuple(t.requires_grad_() for t in make(65, 70, 33, 5, torch.float32).values())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = seeded(1.0, 0.1)(*inputs)
+        with mode():
+            bare = seeded(1.0, 0.1)(*inputs)
+    assert y.requires_grad and not bare.requires_grad and torch.equal(y, bare)
+
+
 def test_same_inputs_same_bits():
     tensors = {name: t.requires_grad_() for name, t in make(65, 70, 33, 5, torch.float32).items()}
     inputs, dy = tuple(tensors.values()), torch.randn(65, 33)
@@ -260,6 +271,10 @@ BAD = {
     "rank 0": (ValueError, "R at least 1", {"lora_a": torch.randn(0, 5)}),
     "B of another rank": (ValueError, r"lora_b must be \[3, 2\]", {"lora_b": torch.randn(3, 4)}),
     "bias of another size": (ValueError, r"bias must be \[3\]", {"bias": torch.randn(4)}),
+    "bias that would broadcast": (ValueError, r"bias must be \[3\]", {"bias": torch.randn(1)}),
+    "bias of another dtype": (TypeError, "share a dtype", {"bias": torch.randn(3).half()}),
+    "integer B": (TypeError, "lora_b must be a floating", {"lora_b": torch.ones(3, 2).int()}),
+    "bias elsewhere": (ValueError, "bias is on meta", {"bias": torch.empty(3, device="meta")}),
     "mixed dtypes": (TypeError, "share a dtype", {"x": torch.randn(4, 5).bfloat16()}),
     "another device": (
         ValueError,

@@ -53,12 +53,30 @@ def test_bias_gradient_of_many_rows_keeps_its_precision():
     assert grads.dbias.tolist() == [4096.0, 4096.0]
 
 
-def test_keep_mask_has_the_asked_share_and_follows_the_seed():
-    x = torch.randn(1000, 300)
+@pytest.mark.parametrize(("draws", "shape"), [(1, (1000, 300)), (100, (10, 300))], ids=str)
+def test_keep_mask_has_the_asked_share_and_follows_the_seed(draws, shape):
+    x = torch.randn(shape)
     torch.manual_seed(5)
-    keep = draw_keep_mask(x, 0.1)
+    keep = [draw_keep_mask(x, 0.1) for _ in range(draws)]
     torch.manual_seed(5)
-    assert torch.equal(keep, draw_keep_mask(x, 0.1))
-    assert not torch.equal(keep, draw_keep_mask(x, 0.1))
+    assert torch.equal(keep[0], draw_keep_mask(x, 0.1))
+    assert not torch.equal(keep[-1], draw_keep_mask(x, 0.1))
+    assert keep[0].dtype == torch.bool and keep[0].shape == shape
     # 300,000 draws: the standard deviation of the share is 0.00055.
-    assert abs(keep.float().mean().item() - 0.9) < 0.003
+    assert abs(torch.stack(keep).float().mean().item() - 0.9) < 0.003
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_gradient_of_b_is_contiguous_and_right_for_tall_and_for_few_rows(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for m in (255, 256, 300):
+            x, weight, lora_a, lora_b, _ = make(m, 8, 12, 3)
+            dy, xa = torch.randn(m, 12, dtype=torch.float64), x @ lora_a.t()
+            needs = reference.Needs(False, False, False, True, False)
+            grads = reference.backward(dy, x, weight, lora_a, lora_b, xa, 1.3, None, 0.0, needs)
+            torch.testing.assert_close(grads.db, 1.3 * dy.t() @ xa)
+            assert grads.db.is_contiguous()
+    finally:
+        torch.set_num_threads(before)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from ..config import check_dropout
 from ..dispatch import choose
@@ -51,11 +52,15 @@ def lora_linear(
 
     Source: LoRA, arXiv 2106.09685, equation 3.
     """
-    _check(x, weight, lora_a, lora_b, bias)
-    check_dropout(dropout_p, "dropout_p")
-    device_type = x.device.type
-    if _autocasts(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    # Outside of compiled code this runs on the host in each call, often as the slowest part of it:
+    # what is usual is settled by the cheapest question.
+    if not _fits(x, weight, lora_a, lora_b, bias):
+        _check(x, weight, lora_a, lora_b, bias)
+    if dropout_p != 0.0:
+        check_dropout(dropout_p, "dropout_p")
+    autocasts = _autocasts(x)
+    if autocasts and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         # Kept wide, A and B would be rounded inside and their gradients widened: the same values.
@@ -65,111 +70,163 @@ def lora_linear(
             f"x, weight and bias must share a dtype, got {x.dtype}, {weight.dtype} and "
             f"{None if bias is None else bias.dtype}; cast them, or run under torch.autocast"
         )
-    backend = choose(x, weight, lora_a, lora_b, bias).backend
-    rows = x if x.dim() == 2 else x[None] if x.dim() == 1 else x.flatten(0, -2)
+    path, _, widened = choose(x, weight, lora_a, lora_b, bias)
+    dims = x.dim()
+    rows = x if dims == 2 else x[None] if dims == 1 else x.flatten(0, -2)
     noise = None
     if training and dropout_p:
-        noise = draw_seed(x.device) if backend == "triton" else draw_keep_mask(rows, dropout_p)
-    plain = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-    function = _PlainLoRALinear if plain else _LoRALinear
-    y, _, _ = function.apply(
-        rows, weight, lora_a, lora_b, bias, noise, float(scale), dropout_p, backend
-    )
-    if x.dim() == 2:
+        noise = draw_seed(x.device) if path == "triton" else draw_keep_mask(rows, dropout_p)
+    if widened:
+        path = _WIDENED
+    operands = rows, weight, lora_a, lora_b, bias, noise, float(scale), dropout_p, path
+    if autocasts:  # the dtypes are settled: it would change some of the products and not others
+        with torch.autocast(x.device.type, enabled=False):
+            y = _call(*operands)
+    else:
+        y = _call(*operands)
+    if dims == 2:
         return y
     # As nn.Linear does it: to autograd no view, which in-place operations and FSDP would mind.
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
 
-def _autocasts(device_type: str) -> bool:
+# The reference with its products in float32; within `dispatch` no path of its own.
+_WIDENED = "widened"
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    if tensor.is_cpu:
+        return torch.is_autocast_enabled("cpu")
     # The meta device has no autocast and raises; torch.amp's own question breaks the graph on 2.11.
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
-def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """The dtypes are settled: autocast would change some of the products and not others."""
-    if _autocasts(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+def _call(*operands: Any) -> Tensor:
+    if is_compiling() or _are_functorch_transforms_active():
+        return _TracedLoRALinear.apply(*operands)[0]
+    if torch.is_grad_enabled():
+        return _LoRALinear.apply(*operands)
+    return _forward(*operands)[0]
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    noise: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    path: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(y, xa, keep_bits)``, the last where the kernels dropped something.
+
+    ``noise`` is what dropout draws from: for the reference the keep mask itself, for the kernels a
+    seed, from which they make the packed bits. Without dropout it is None.
+    """
+    if path == "triton":
+        y, xa, bits = torch.ops.lora_kernels.forward(
+            x, weight, lora_a, lora_b, bias, noise, scale, dropout_p
+        )
+        return y, xa, None if noise is None else bits
+    forward = reference.widened_forward if path == _WIDENED else reference.forward
+    y, xa = forward(x, weight, lora_a, lora_b, bias, scale, noise, dropout_p)
+    return y, xa, None
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], xa: Tensor, bits: Tensor | None) -> None:
+    noise, *ctx.settings = inputs[5:]
+    ctx.save_for_backward(*inputs[:4], xa, noise if bits is None else bits)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of `_forward`'s arguments."""
+    x, weight, lora_a, lora_b, xa, keep = ctx.saved_tensors
+    scale, dropout_p, path = ctx.settings
+    if _autocasts(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return _backward(ctx, dy)
+    needs = reference.Needs(*ctx.needs_input_grad[:5])
+    operands = dy, x, weight, lora_a, lora_b, xa
+    grads: tuple[Tensor | None, ...]
+    if path == "triton":
+        found = iter(
+            torch.ops.lora_kernels.backward(*operands, keep, scale, dropout_p, list(needs))
+        )
+        grads = tuple(next(found) if needed else None for needed in needs)
+    else:
+        backward = reference.widened_backward if path == _WIDENED else reference.backward
+        grads = backward(*operands, scale, keep, dropout_p, needs)
+    return (*grads, None, None, None, None)
+
+
+_backward_once = once_differentiable(_backward)
 
 
 class _LoRALinear(torch.autograd.Function):
-    """``(y, xa, keep_bits)``, of which y is differentiable.
-
-    ``noise`` is what dropout draws from: for the reference the keep mask itself, for the kernels a
-    seed, from which forward makes the packed bits. Without dropout it is None.
-    """
+    """`_forward` and `_backward` joined, with y alone as output."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        bias: Tensor | None,
-        noise: Tensor | None,
-        scale: float,
-        dropout_p: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        with _no_autocast(x.device.type):
-            if backend == "triton":
-                return torch.ops.lora_kernels.forward(
-                    x, weight, lora_a, lora_b, bias, noise, scale, dropout_p
-                )
-            y, xa = reference.forward(x, weight, lora_a, lora_b, bias, scale, noise, dropout_p)
-            return y, xa, None
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y, xa, bits = _forward(*inputs)
+        _save(ctx, inputs, xa, bits)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # The decorator costs as much as a product of a small layer, and has nothing to watch for
+        # where nobody asked for a graph of the gradients.
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+
+
+class _TracedLoRALinear(torch.autograd.Function):
+    """The same for torch.compile and torch.func, which want what backward needs as outputs.
+
+    For this form torch binds the signature in each call, 30 µs on a CPU of two cores.
+    """
+
+    forward = staticmethod(_forward)  # type: ignore[assignment]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, weight, lora_a, lora_b, _, noise, ctx.scale, ctx.dropout_p, ctx.backend = inputs
         _, xa, bits = output
-        mask = noise
-        if ctx.backend == "triton":
-            mask = None if noise is None else bits
-            ctx.mark_non_differentiable(xa, bits)
-        else:
-            ctx.mark_non_differentiable(xa)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, xa, mask)
+        ctx.mark_non_differentiable(*(t for t in (xa, bits) if t is not None))
+        _save(ctx, inputs, xa, bits)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 9
-        x, weight, lora_a, lora_b, xa, mask = ctx.saved_tensors
-        needs = reference.Needs(*ctx.needs_input_grad[:5])
-        saved = (dy, x, weight, lora_a, lora_b, xa)
-        with _no_autocast(x.device.type):
-            if ctx.backend == "triton":
-                found = iter(
-                    torch.ops.lora_kernels.backward(
-                        *saved, mask, ctx.scale, ctx.dropout_p, list(needs)
-                    )
-                )
-                grads = tuple(next(found) if needed else None for needed in needs)
-            else:
-                grads = reference.backward(*saved, ctx.scale, mask, ctx.dropout_p, needs)
-        return (*grads, None, None, None, None)
-
-
-class _PlainLoRALinear(torch.autograd.Function):
-    """`_LoRALinear` outside of torch.func, where torch need not bind its signature in each call.
-
-    That costs about 30 µs on a CPU of 2 cores, as much as the three products of a small layer.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        output = _LoRALinear.forward(*inputs)
-        _LoRALinear.setup_context(ctx, inputs, output)
-        return output
-
-    backward = _LoRALinear.backward  # type: ignore[assignment]
+        return (None,) * 9 if dy is None else _backward(ctx, dy)
 
 
 _NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
+
+
+def _fits(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> bool:
+    """Whether `_check` would pass; it may say no to what would, and never yes to what would not."""
+    try:
+        (n, k), (rank, k_of_a), dtype = weight.shape, lora_a.shape, x.dtype
+        return (
+            k == k_of_a == x.shape[-1]
+            and rank > 0
+            and lora_b.shape == (n, rank)
+            and weight.dtype is dtype
+            and dtype.is_floating_point
+            and lora_a.dtype.is_floating_point
+            and lora_b.dtype.is_floating_point
+            and (
+                (x.is_cpu and weight.is_cpu and lora_a.is_cpu and lora_b.is_cpu)
+                or (x.device == weight.device == lora_a.device == lora_b.device)
+            )
+            and (
+                bias is None
+                or (bias.shape == (n,) and bias.dtype is dtype and bias.device == x.device)
+            )
+        )
+    except (AttributeError, ValueError, IndexError):
+        return False
 
 
 def _check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:

@@ -157,14 +157,14 @@ class LoRALinear(nn.Linear):
         """The plain ``nn.Linear`` that shares this module's weight, bias, hooks and mode."""
         linear = nn.Linear.__new__(nn.Linear)
         linear.__dict__.update(_own_copy(self))
-        for name in ("_lora_config", "_lora_scale", "_lora_state"):
+        for name in ("_lora_config", "_lora_scale", "_lora_dropout", "_lora_state"):
             del linear.__dict__[name]
         del linear._modules["lora"]
         return linear
 
     def _add_lora(self, config: LayerConfig) -> None:
         self._lora_config = config
-        self._lora_scale = config.scale
+        self._lora_scale, self._lora_dropout = config.scale, config.dropout
         self._lora_state = ACTIVE
         weight = self.weight
         self.lora = LoRA(
@@ -205,15 +205,24 @@ class LoRALinear(nn.Linear):
         """``x [..., K]`` to ``y [..., N]``, see `lora_linear`."""
         if self._lora_state != ACTIVE:
             return F.linear(x, self.weight, self.bias)
-        lora = self._modules["lora"]
+        # By the dictionaries: getattr takes a module several times as long, and it shows on a CPU.
+        lora = self._modules["lora"]._modules  # type: ignore[union-attr]
+        weight: Any
+        try:
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+            lora_a: Any = lora["A"]._parameters["weight"]  # type: ignore[union-attr]
+            lora_b: Any = lora["B"]._parameters["weight"]  # type: ignore[union-attr]
+        except KeyError:  # what is computed, or put in place by FSDP for the length of a call
+            weight, bias = self.weight, self.bias
+            lora_a, lora_b = self.lora.A.weight, self.lora.B.weight
         return lora_linear(
             x,
-            _parameter(self, "weight"),
-            _parameter(lora.A, "weight"),  # type: ignore[union-attr]
-            _parameter(lora.B, "weight"),  # type: ignore[union-attr]
-            _parameter(self, "bias"),
+            weight,
+            lora_a,
+            lora_b,
+            bias,
             scale=self._lora_scale,
-            dropout_p=self._lora_config.dropout,
+            dropout_p=self._lora_dropout,
             training=self.training,
         )
 
@@ -234,15 +243,6 @@ class LoRALinear(nn.Linear):
         if self.dropout:
             text += f", dropout={self.dropout:g}"
         return text if self._lora_state == ACTIVE else f"{text}, {self._lora_state}"
-
-
-def _parameter(module: Any, name: str) -> Any:
-    """``getattr(module, name)``, which takes a module several times as long as a dictionary.
-
-    What is computed, or put in place by FSDP for the length of a call, is in no dictionary.
-    """
-    found = module._parameters.get(name)
-    return getattr(module, name) if found is None else found
 
 
 def _own_copy(module: nn.Module) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 
 class Needs(NamedTuple):
@@ -56,11 +57,11 @@ def forward(
     # The big product first: it reads x from memory behind its arithmetic, the thin one from cache.
     y = F.linear(x, weight, bias)
     if keep is None:
-        xa = x @ _as(lora_a, x.dtype).t()
+        xa = x.mm(_as(lora_a, x.dtype).t())
     else:
-        xa = _kept(x, keep) @ _as(lora_a, x.dtype).t() * (1.0 / (1.0 - dropout_p))
+        xa = _kept(x, keep).mm(_as(lora_a, x.dtype).t()).mul_(1.0 / (1.0 - dropout_p))
     factor = _as(lora_b, x.dtype).t()
-    if torch.compiler.is_compiling():
+    if is_compiling():
         # torch 2.11 traces an output written in place into gradients that are silently zero.
         return y.addmm(xa, factor, alpha=scale), xa
     return y.addmm_(xa, factor, alpha=scale), xa
@@ -85,27 +86,87 @@ def backward(
     """
     dx = dweight = da = db = dbias = None
     if needs.x:
-        dx = dy @ weight  # first, as in forward
+        dx = dy.mm(weight)  # first, as in forward
     if needs.x or needs.lora_a:
         # Wherever dxa is used the mask follows, so the 1 / (1 - p) of both goes in here.
         factor = scale if keep is None else scale / (1.0 - dropout_p)
-        dxa = (dy @ _as(lora_b, dy.dtype)).mul_(factor)
+        dxa = dy.mm(_as(lora_b, dy.dtype)).mul_(factor)
     if dx is not None:  # while dx is in the cache
         if keep is None:
             dx.addmm_(dxa, _as(lora_a, dy.dtype))
         else:
-            dx.addcmul_(dxa @ _as(lora_a, dy.dtype), keep.view(torch.uint8))
+            dx.addcmul_(dxa.mm(_as(lora_a, dy.dtype)), keep.view(torch.uint8))
     if needs.lora_b:
-        # MKL multiplies a tall dyᵀ at two thirds of the speed of the thin xaᵀ.
-        db = (xa.t() @ dy).mul_(scale).t().contiguous()
+        if is_compiling() or dy.shape[0] < _TALL or torch.get_num_threads() > 1:
+            db = dy.t().mm(xa).mul_(scale)
+        else:
+            db = xa.t().mm(dy).mul_(scale).t().contiguous()
         db = _as(db, lora_b.dtype)
     if needs.lora_a:
-        da = _as(dxa.t() @ (x if keep is None else _kept(x, keep)), lora_a.dtype)
+        da = _as(dxa.t().mm(x if keep is None else _kept(x, keep)), lora_a.dtype)
     if needs.weight:
-        dweight = dy.t() @ x
+        dweight = dy.t().mm(x)
     if needs.bias:
         dbias = dy.sum(0, dtype=torch.float32).to(dy.dtype) if _narrow(dy) else dy.sum(0)
     return Grads(dx, dweight, da, db, dbias)
+
+
+def widened_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    keep: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """`forward` of 16-bit x with its products in float32; y in x's dtype, xa in float32.
+
+    For CPUs that take a 16-bit product an element at a time, see `dispatch.widens`.
+    """
+    if x.shape[0] < _WIDENED_ROWS and not is_compiling():
+        # Few rows are dot products with the rows of W, which those CPUs do read fast.
+        y, xa = forward(x, weight, lora_a, lora_b, bias, scale, keep, dropout_p)
+        return y, xa.float()
+    factors = lora_a.float(), lora_b.float(), None if bias is None else bias.float()
+    y, xa = forward(x.float(), weight.float(), *factors, scale, keep, dropout_p)
+    return y.to(x.dtype), xa
+
+
+def widened_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    xa: Tensor,
+    scale: float,
+    keep: Tensor | None,
+    dropout_p: float,
+    needs: Needs,
+) -> Grads:
+    """`backward` of 16-bit dy with its products in float32; the gradients in their own dtypes."""
+    operands = (
+        dy.float(),
+        x.float() if needs.lora_a or needs.weight else x,
+        weight.float() if needs.x else weight,
+        lora_a.float(),
+        lora_b.float(),
+        xa,
+    )
+    grads = backward(*operands, scale, keep, dropout_p, needs)
+    like = (x, weight, lora_a, lora_b, dy)
+    return Grads(
+        *(None if grad is None else grad.to(of.dtype) for grad, of in zip(grads, like, strict=True))
+    )
+
+
+# From so many rows on one thread of MKL multiplies the tall dyᵀ at two thirds of the speed of the
+# thin xaᵀ; several threads share the tall one out better.
+_TALL = 256
+# From so many rows on it pays to widen the weight for forward, at 512 and at 4864 features alike.
+_WIDENED_ROWS = 16
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
