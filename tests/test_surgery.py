@@ -276,6 +276,40 @@ def test_merged_for_a_while_restores_the_very_bits():
     assert torch.equal(model(IDS), adapted)
 
 
+def test_merging_narrower_factors_keeps_every_bit_of_the_weight():
+    model = Model().double()
+    trained(model)
+    weight = model.gate.weight.detach().clone()
+    model.gate.lora.float()
+    with torch.no_grad():
+        model.gate.lora.B.weight.zero_()
+    merge_lora(model)
+    assert torch.equal(model.gate.weight, weight)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["weight", "lora.A.weight", "lora.B.weight"])
+def test_a_merge_refuses_what_is_not_finite(bad, where):
+    model = trained(Model())
+    with torch.no_grad():
+        model.gate.get_parameter(where)[0, 0] = bad
+    with pytest.raises(ValueError, match="'gate': the sum would hold NaN or infinity"):
+        merge_lora(model)
+
+
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_a_merge_takes_what_a_bound_alone_would_refuse(scale):
+    """Large factors whose products cancel, and small ones times a large scale."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False).half())
+    apply_lora(model, rank=2, alpha=2 * scale, target_modules=["0"], verbose=False)
+    with torch.no_grad():
+        model[0].lora.A.weight.copy_(torch.tensor([[300.0, 1.0], [300.0, 1.0]]))
+        model[0].lora.B.weight.copy_(torch.tensor([[300.0, -300.0], [0.0, 0.5]]))
+        expected = model[0].delta_weight() + model[0].weight
+    merge_lora(model)
+    assert torch.equal(model[0].weight, expected.half()) and model[0].weight.isfinite().all()
+
+
 def test_a_merge_that_fails_leaves_every_layer_as_it_was():
     model = trained(Model().half())
     with torch.no_grad():  # the last of three: its sum overflows, A and B themselves do not

@@ -212,12 +212,11 @@ def merge_lora(model: nn.Module) -> list[str]:
     layers = _mergeable(model)
     _refuse_root(model)
     for name, layer in layers.items():
-        # Computed twice, so that all are known to be good before the first is written, without
-        # holding a second copy of every weight.
-        _merged_weight(name, layer)
+        # All are known to be good before the first is written, without a second copy of each.
+        _refuse_unmergeable(name, layer)
     with torch.no_grad():
-        for name, layer in layers.items():
-            layer.weight.copy_(_merged_weight(name, layer))
+        for layer in layers.values():
+            layer.weight.copy_(_merged_weight(layer))
     _replace(model, {id(layer): layer.to_linear() for layer in layers.values()})
     return list(layers)
 
@@ -238,7 +237,8 @@ def merged_lora(model: nn.Module) -> Iterator[None]:
     try:
         with torch.no_grad():
             for name, layer in named.items():
-                merged = _merged_weight(name, layer)
+                _refuse_unmergeable(name, layer)
+                merged = _merged_weight(layer)
                 backup.append(layer.weight.detach().clone())
                 layer.weight.copy_(merged)
                 layer._lora_state = MERGED
@@ -334,17 +334,29 @@ def _mergeable(model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-def _merged_weight(name: str, layer: LoRALinear) -> Tensor:
-    """The weight with the branch folded in, in its own dtype, or an error that names ``name``."""
-    weight = layer.weight.detach()
-    if weight.is_meta:
+def _refuse_unmergeable(name: str, layer: LoRALinear) -> None:
+    if layer.weight.is_meta:
         raise ValueError(f"cannot merge {name!r}: its weight is on the meta device; load it first")
-    if 0 in weight.stride():
+    if 0 in layer.weight.stride():
         raise ValueError(f"cannot merge {name!r}: its weight is an expanded view; clone it first")
-    merged = layer.delta_weight().add_(weight).to(weight.dtype)
-    if not torch.isfinite(merged).all():
+    if not _surely_finite(layer) and not torch.isfinite(_merged_weight(layer)).all():
         raise ValueError(f"cannot merge {name!r}: the sum would hold NaN or infinity")
-    return merged
+
+
+def _surely_finite(layer: LoRALinear) -> bool:
+    """Whether the largest values of the weight, A and B leave the sum no room to overflow."""
+    operands = [t.detach() for t in (layer.weight, layer.lora.A.weight, layer.lora.B.weight)]
+    if not all(t.numel() for t in operands):
+        return False
+    weight, a, b = (max(map(abs, torch.stack(t.aminmax()).tolist())) for t in operands)
+    bound = weight + max(1.0, abs(layer.scale)) * layer.rank * a * b  # NaN if there is one anywhere
+    return bound < 0.99 * min(torch.finfo(t.dtype).max for t in operands)
+
+
+def _merged_weight(layer: LoRALinear) -> Tensor:
+    """The weight with the branch folded in: summed in the widest of the dtypes, rounded once."""
+    weight = layer.weight.detach()
+    return (layer.delta_weight() + weight).to(weight.dtype)
 
 
 def _refuse_sharded(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
