@@ -99,9 +99,13 @@ _NARROW_SUPPORT = {
 
 
 @functools.cache
+def _supported(dtype: torch.dtype) -> bool:
+    ask = getattr(torch.ops.mkldnn, _NARROW_SUPPORT[dtype], None)  # absent without oneDNN
+    return ask is not None and bool(ask())
+
+
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    supported = getattr(torch.ops.mkldnn, _NARROW_SUPPORT[dtype], None)  # absent without oneDNN
-    return supported is not None and bool(supported())
+    return _supported(dtype)  # apart, because a tracer takes the function behind a cache
 
 
 def _device_refusal(device_type: str, index: int | None) -> str:

@@ -137,12 +137,25 @@ def test_explain_tells(fast):
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_torch_is_asked_what_it_asks_itself(dtype):
-    dispatch._cpu_multiplies.cache_clear()
+    dispatch._supported.cache_clear()
     asked = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",
     }
     assert dispatch._cpu_multiplies(dtype) == getattr(torch.ops.mkldnn, asked[dtype])()
+
+
+# As the machine at hand answers: the tracer must not follow the question.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_compiles_whole_on_this_cpu(dtype):
+    torch._dynamo.reset()
+    dispatch._supported.cache_clear()
+    inputs, dy = make(20, 70, 33, 5, dtype), torch.randn(20, 33).to(dtype)
+    compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
+    ours = oracle.gradients(compiled, inputs, dy)
+    for one, other in zip(ours, oracle.gradients(lora_linear, inputs, dy), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 # dynamo itself makes an instance of the Function, which torch deprecates.
