@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from benchmarks import machine, report
 from benchmarks.stage import Stage
 
 STAGE = pytest.StashKey[Stage]()
+CEILINGS = pytest.StashKey[Any]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--seconds", type=float, help="of measuring a linear or a block; more narrows the spread"
     )
+    group.addoption(
+        "--journal", type=Path, metavar="FILE", help="add each row to it as it is measured"
+    )
     group.addoption("--commit", help="the commit to stamp rows with, where git cannot tell")
 
 
@@ -34,7 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
     device = machine.best_device()
     limit = config.getoption("--time-limit")
     deadline = None if limit is None else time.monotonic() + limit
-    config.stash[STAGE] = Stage(machine.stamp(device, config.getoption("--commit")), deadline)
+    stamp = machine.stamp(device, config.getoption("--commit"))
+    config.stash[STAGE] = Stage(stamp, deadline, config.getoption("--journal"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -60,9 +66,17 @@ def pytest_sessionfinish() -> Generator[None, Any, Any]:
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     # In place of pytest-benchmark's own, which holds the host's name.
     stamp = config.stash[STAGE].stamp
-    return {k: v for k, v in stamp.items() if k not in ("commit", "date")} | {
-        "ceilings": machine.ceilings(machine.best_device())
-    }
+    found = {k: v for k, v in stamp.items() if k not in ("commit", "date")}
+    return found | {"ceilings": config.stash[CEILINGS]}
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # Before the suites, which may leave a GPU that answers no more.
+    config = session.config
+    config.stash[CEILINGS] = None
+    if session.items and not config.option.collectonly:
+        config.stash[CEILINGS] = machine.ceilings(machine.best_device())
+        config.stash[STAGE].note("machine_info", {"ceilings": config.stash[CEILINGS]})
 
 
 def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, Any]:

@@ -93,10 +93,12 @@ class Step:
     Attributes:
         name: of the contender.
         has_lora: false for the frozen linear, which has no factors to differentiate.
+        path: of ours, which implementation serves the problem, and by which strategies.
     """
 
     name: str
     has_lora = True
+    path = ""
 
     def bind(self, inputs: Inputs) -> None:
         """Take up a set of buffers; not part of the work."""
@@ -251,20 +253,46 @@ def _ours(name: str, problem: Problem, device: torch.device) -> Step:
         dropout=problem.dropout,
     ).train()
     strategy = name.partition(": ")[2]
-    if not strategy:
-        return _ModuleStep(layer, layer.weight, layer.lora.A.weight, layer.lora.B.weight)
 
     @contextlib.contextmanager
     def chosen() -> Iterator[None]:
+        if not strategy:
+            yield
+            return
         roles = {role: strategy for role, known in tuning.STRATEGIES.items() if strategy in known}
         with use_backend("triton"), tuning.use_strategy(**roles):
             yield
 
     with chosen():
         path = explain(layer)
-    if not path.startswith("triton"):
-        raise Unavailable(path.partition("this call: ")[2].partition(". Leave")[0] or path)
-    return _ModuleStep(layer, layer.weight, layer.lora.A.weight, layer.lora.B.weight, chosen)
+        if strategy and not path.startswith("triton"):
+            raise Unavailable(path.partition("this call: ")[2].partition(". Leave")[0] or path)
+        if path.startswith("triton") and device.type == "cuda":
+            path += f"; {_strategies(problem, device)}"
+    step = _ModuleStep(layer, layer.weight, layer.lora.A.weight, layer.lora.B.weight, chosen)
+    step.path = path
+    return step
+
+
+def _strategies(problem: Problem, device: torch.device) -> str:
+    """What the kernels' table gives for the problem, or what is forced on it."""
+    m, k, n, r = problem.m, problem.k, problem.n, problem.rank
+    found = []
+    for role, shape in (("forward", (m, n, k, r)), ("dx", (m, k, n, r))):
+        try:
+            name = tuning.strategy(
+                role,
+                torch.cuda.get_device_capability(device),
+                DTYPES[problem.dtype],
+                tuning.Shape(*shape),
+                dropped=problem.dropout > 0,
+                tma=k % 8 == 0 and n % 8 == 0,  # fresh tensors lie on 16 bytes and more
+                sms=torch.cuda.get_device_properties(device).multi_processor_count,
+            )
+        except RuntimeError:  # forced on what it does not serve, which the gate will say
+            name = "none"
+        found.append(f"{role} by {name}")
+    return ", ".join(found)
 
 
 class Work:

@@ -99,7 +99,9 @@ class Gate:
     def _keep(self, step: Step) -> Tensor:
         positive = Inputs(*(t.detach().abs() for t in self.inputs))
         positive = positive._replace(weight=torch.zeros_like(positive.weight))
-        positive = Inputs(*(t.requires_grad_(t is not positive.dy) for t in positive))
+        # As the buffers that are timed, or compiled contenders would be compiled once more.
+        constant = (id(positive.weight), id(positive.dy))
+        positive = Inputs(*(t.requires_grad_(id(t) not in constant) for t in positive))
         keep = self._run(step, positive).dx != 0
         share, expected = keep.double().mean().item(), 1.0 - self.problem.dropout
         allowed = SIGMAS * math.sqrt(expected * (1.0 - expected) / keep.numel())

@@ -1,8 +1,11 @@
 """Everything that a GPU machine should be asked, in one run that stops in time.
 
-``python benchmarks/gpu_run.py OUT --minutes 9`` from a checkout, installed or not, offline. In
-order: the environment, the GPU tests, `python -m lora_kernels check`, the suites, the tuner, the
-report. Each stage writes to OUT as it ends, and what runs over its share of the time is stopped:
+``python benchmarks/gpu_run.py OUT --minutes 25`` from a checkout, installed or not, offline. In
+order: the environment, the GPU tests (those on large tensors first, by themselves),
+`python -m lora_kernels check`, the suites, the tuner, the report. Each stage writes to OUT as it
+ends, and what runs over its share of the time is stopped. Where a run may take ten minutes only,
+three with ``--minutes 9`` do it: ``--stages environment,large,tests,check``, then
+``linear,block,training,files,report``, then ``tune``. In OUT:
 
 - ``run.json``: the machine, and each stage's command, exit status and seconds, anew after each;
 - ``run.log``: what the stages printed;
@@ -16,6 +19,8 @@ The exit status is 0 where every stage that ran succeeded.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -49,16 +54,23 @@ class Stage(NamedTuple):
 def stages(out: Path, scratch: Path, more: list[str], commit: str | None, jobs: int) -> list[Stage]:
     """All stages, in order; ``more`` are options for the suites."""
     python = [sys.executable, "-u"]
-    pytest = [*python, "-m", "pytest", "-p", "no:cacheprovider"]
+    # A warning of somebody else's new release must not end a run that cannot be had again soon.
+    pytest = [*python, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default"]
     stamped = ["--commit", commit] if commit else []
+    tests = [*pytest, "-m", "gpu", "-v", "--continue-on-collection-errors"]
+    # Most of the time goes into compiling, one kernel after the other in each process.
+    spread = ["-n", str(jobs)] if importlib.util.find_spec("xdist") else []
+    apart = [f"--ignore={LARGE}", f"--deselect={WHOLE_CHECK}"]
     listed = [
         Stage("environment", [*python, "-c", _ENVIRONMENT, *stamped], 0.2),
-        Stage("tests", [*pytest, "tests", "-m", "gpu", "-q"], 0.35),
-        Stage("check", [*python, "-m", "lora_kernels", "check"], 0.3),
+        Stage("large", [*tests, LARGE], 0.15),
+        Stage("tests", [*tests, "tests", *apart, *spread], 0.3),
+        Stage("check", [*python, "-m", "lora_kernels", "check"], 0.3, stops_itself=True),
     ]
-    for suite, share in zip(SUITES, (0.5, 0.3, 0.3, 0.2), strict=True):
+    for suite, share in zip(SUITES, (0.5, 0.4, 0.5, 0.4), strict=True):
         command = [*pytest, f"benchmarks/test_{suite}.py", "--benchmark-only", "-q", *stamped]
         command += [f"--benchmark-json={scratch / suite}.json", *more]
+        command += [f"--journal={scratch / suite}.jsonl"]
         listed.append(Stage(suite, command, share, stops_itself=True))
     tune = [*python, "-m", "benchmarks.tune", "--out", str(out / "tuning.json"), *stamped]
     listed.append(Stage("tune", [*tune, "--jobs", str(jobs)], 0.9))
@@ -67,6 +79,9 @@ def stages(out: Path, scratch: Path, more: list[str], commit: str | None, jobs: 
     return listed
 
 
+# Tests that hold much of a GPU's memory, and the one that is the next stage.
+LARGE = "tests/test_gpu.py"
+WHOLE_CHECK = "tests/test_check.py::test_everything_on_the_gpu"
 # Run in a process of its own, so that a broken driver cannot take this one down.
 _ENVIRONMENT = """
 import json, sys
@@ -79,6 +94,8 @@ print(json.dumps({**machine.stamp(device, commit), "ceilings": machine.ceilings(
 REPORT_SECONDS = 30.0
 # Between asking a stage to stop and killing it.
 GRACE_SECONDS = 10.0
+# Of a stage's time, what it is not told of: to start and to end in.
+MARGIN = 0.15
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,7 +140,8 @@ def run(listed: list[Stage], out: Path, scratch: Path, deadline: float) -> int:
         else:
             record |= _run_stage(stage, out / "run.log", limit)
         if stage.name == "environment" and record.get("status") == 0:
-            done["machine"] = json.loads(record.pop("last_line"))
+            with contextlib.suppress(ValueError):  # a stray line of somebody's, after ours
+                done["machine"] = json.loads(record["last_line"])
         record.pop("last_line", None)
         if stage.name in SUITES:
             merge(scratch, out / "benchmarks.json")
@@ -136,10 +154,11 @@ def run(listed: list[Stage], out: Path, scratch: Path, deadline: float) -> int:
 
 def _run_stage(stage: Stage, log: Path, limit: float) -> dict[str, Any]:
     command = list(stage.command)
+    own = limit - min(3 * GRACE_SECONDS, MARGIN * limit)
     if stage.stops_itself:
-        command.append(f"--time-limit={max(1.0, limit - 3 * GRACE_SECONDS):.0f}")
+        command.append(f"--time-limit={max(1.0, own):.0f}")
     if stage.name == "tune":
-        command.append(f"--minutes={max(0.1, (limit - 3 * GRACE_SECONDS) / 60):.2f}")
+        command.append(f"--minutes={max(0.1, own / 60):.2f}")
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     start = time.monotonic()
@@ -162,7 +181,9 @@ def _run_stage(stage: Stage, log: Path, limit: float) -> dict[str, Any]:
             status = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
             status = f"stopped after {limit:.0f} s"
-            _stop(process)
+        finally:
+            if process.poll() is None:  # also where this process itself is being stopped
+                _stop(process)
     with log.open("rb") as file:
         file.seek(begin)
         lines = file.read().decode(errors="replace").strip().splitlines()
@@ -189,11 +210,12 @@ def merge(scratch: Path, target: Path) -> None:
     """One file of all the suites' JSON so far; nothing where there is none yet."""
     merged: dict[str, Any] = {}
     for suite in SUITES:
-        path = scratch / f"{suite}.json"
         try:
-            text = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # not run, or stopped while writing
-            continue
+            text = json.loads((scratch / f"{suite}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # not run, or stopped before it wrote or while writing
+            text = _from_journal(scratch / f"{suite}.jsonl")
+            if not text["benchmarks"] and not text["missing"]:
+                continue
         if not merged:
             merged = text
         else:
@@ -204,6 +226,19 @@ def merge(scratch: Path, target: Path) -> None:
             row.pop("options", None)  # of pytest-benchmark's own timing, which is not used
     if merged:
         target.write_text(json.dumps(merged), encoding="utf-8")
+
+
+def _from_journal(path: Path) -> dict[str, Any]:
+    """The same of a suite that did not come to its end."""
+    text: dict[str, Any] = {"benchmarks": [], "missing": [], "machine_info": {}}
+    with contextlib.suppress(OSError, ValueError):  # not begun; or cut short within a line
+        for line in path.read_text(encoding="utf-8").splitlines():
+            for kind, value in json.loads(line).items():
+                if kind == "machine_info":
+                    text[kind] = value
+                else:
+                    text[kind].append(value)
+    return text
 
 
 def _tuning_rows(out: Path) -> None:
@@ -220,4 +255,5 @@ def _shown(command: list[str]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and not without stopping the stage
     raise SystemExit(main())

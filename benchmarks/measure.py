@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from .machine import synchronize
 
+# Counted calls of a burst on a GPU, and the seconds from which on a call needs no burst.
+BURST, LONG = 2, 0.02
 # More rounds than this narrow the spread of a median no further.
 MOST_ROUNDS = 200
 
@@ -67,6 +69,13 @@ def paired_ratio(samples: Sequence[float], against: Sequence[float]) -> Spread:
     return spread([a / b for a, b in zip(samples, against, strict=True)])
 
 
+def ratio(samples: Sequence[float], against: Sequence[float]) -> Spread:
+    """`paired_ratio`, or that of the medians where they were not measured in the same rounds."""
+    if len(samples) == len(against):
+        return paired_ratio(samples, against)
+    return Spread(*[spread(samples).median / spread(against).median] * 3)
+
+
 def interleave(
     calls: Mapping[str, Call],
     device: torch.device,
@@ -78,9 +87,10 @@ def interleave(
     """Time every call once a round, in a random order, for about ``seconds`` in all.
 
     Args:
-        calls: by name. On a GPU they are timed with CUDA events and nothing is waited for, as in
-            training: where the host launches more slowly than the GPU works, that is charged, and
-            elsewhere not; see `GraphCall` for the other way.
+        calls: by name. On a GPU they are timed with CUDA events in bursts of one contender, the
+            first call of which is not counted: where the host launches more slowly than the GPU
+            works, that is charged, and elsewhere not, as in training; see `GraphCall` for the
+            other way.
         device: where they work.
         seconds: wall clock to spend on the rounds, `MOST_ROUNDS` at most.
         least_rounds: done however long they take.
@@ -103,10 +113,7 @@ def interleave(
             break
         order.shuffle(names)
         for name in names:
-            call = calls[name]
-            call.prepare()
-            with call.context():
-                sample = clock.time(call.run)
+            sample = clock.sample(calls[name])
             if round_number >= 0:
                 samples[name].append(sample)
     synchronize(device)
@@ -114,10 +121,12 @@ def interleave(
 
 
 class _HostClock:
-    def time(self, run: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        result = run()
-        end = time.perf_counter()
+    def sample(self, call: Call) -> Any:
+        call.prepare()
+        with call.context():
+            start = time.perf_counter()
+            result = call.run()
+            end = time.perf_counter()
         del result  # what it frees belongs to no one's time
         return end - start
 
@@ -126,16 +135,41 @@ class _HostClock:
 
 
 class _EventClock:
-    def time(self, run: Callable[[], Any]) -> Any:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        return start, end
+    """Bursts of `BURST` calls behind one that is not counted, from an empty queue.
+
+    The first fills the queue, if this contender keeps it full, and so no one's launches hide
+    behind another's work. A call of over `LONG` seconds stands alone: its start is no part of it.
+    """
+
+    def __init__(self) -> None:
+        self.long: set[int] = set()
+
+    def sample(self, call: Call) -> Any:
+        torch.cuda.synchronize()
+        pairs = []
+        start = time.perf_counter()
+        for number in range(1 if id(call) in self.long else 1 + BURST):
+            pairs.append(self._once(call))
+            if number == 0 and time.perf_counter() - start > LONG:
+                break
+        if len(pairs) == 1:
+            return pairs
+        torch.cuda.synchronize()
+        if time.perf_counter() - start > LONG * (1 + BURST):
+            self.long.add(id(call))
+        return pairs[1:]
+
+    def _once(self, call: Call) -> Any:
+        call.prepare()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with call.context():
+            begin.record()
+            call.run()
+            end.record()
+        return begin, end
 
     def seconds(self, sample: Any) -> float:
-        start, end = sample
-        return start.elapsed_time(end) / 1e3
+        return sum(begin.elapsed_time(end) for begin, end in sample) / len(sample) / 1e3
 
 
 class GraphCall:
@@ -147,7 +181,7 @@ class GraphCall:
             `per_call`.
 
     Raises:
-        RuntimeError: the call does what a graph cannot hold.
+        RuntimeError: the call does what a graph cannot hold, or a replay does not do its work.
     """
 
     def __init__(self, call: Call, repeats: int) -> None:
@@ -160,8 +194,26 @@ class GraphCall:
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            for _ in range(repeats):
-                _once(call)
+            for number in range(repeats):
+                result = _once(call)
+                if number < repeats - 1:
+                    del result
+        # y's graph must not outlive the recording, or its nodes would meet other streams.
+        replayed = _detached(result)
+        del result
+        with call.context():
+            self._compare(replayed, _detached(call.run()))
+
+    def _compare(self, replayed: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+        """Work that missed the recording would be fast: a replay must give what a call gives."""
+        for tensor in replayed:
+            tensor.fill_(float("nan"))
+        self.graph.replay()
+        torch.cuda.synchronize()
+        for got, wanted in zip(replayed, expected, strict=True):
+            size = wanted.abs().max().item()
+            if not (got - wanted).abs().max().item() <= 2.0**-6 * size:
+                raise RuntimeError("a replay does not give what a call gives")
 
     def prepare(self) -> None:
         """Nothing: the buffers are part of the recording."""
@@ -209,10 +261,17 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     return most
 
 
-def _once(call: Call) -> None:
+def _once(call: Call) -> Any:
     call.prepare()
     with call.context():
-        call.run()
+        return call.run()
+
+
+def _detached(result: Any) -> list[torch.Tensor]:
+    """The tensors of a call's result, out of any graph."""
+    if isinstance(result, torch.Tensor):
+        return [result.detach()]
+    return [tensor for part in result or () for tensor in _detached(part)]
 
 
 def rounded(seconds: float) -> float:

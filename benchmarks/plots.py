@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .measure import paired_ratio
+from .measure import ratio
 from .roofline import Ceilings, Size, floor, frozen, seconds
 from .shapes import DTYPES
 
@@ -61,7 +61,7 @@ def _figure(panels: list[tuple[str, list[Row]]], axis: str, title: str) -> Figur
         base = {row[axis]: row for row in group if row["contender"] == row["base"]}
         for number, name in enumerate(names):
             points = sorted(
-                (row[axis], paired_ratio(row["samples"], base[row[axis]]["samples"]))
+                (row[axis], ratio(row["samples"], base[row[axis]]["samples"]))
                 for row in group
                 if row["contender"] == name and name != row["base"] and row[axis] in base
             )
@@ -71,7 +71,7 @@ def _figure(panels: list[tuple[str, list[Row]]], axis: str, title: str) -> Figur
             ours = name.startswith("ours")
             axes.plot(
                 places,
-                [ratio.median for _, ratio in points],
+                [found.median for _, found in points],
                 marker="o" if ours else ".",
                 linewidth=2.2 if ours else 1.2,
                 color=f"C{number % 10}",

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
-from .measure import Spread, paired_ratio, spread
+from .measure import Spread, spread
+from .measure import ratio as ratio_of
 
 Row = dict[str, Any]
 SUITES = ("linear", "block", "training", "files")
@@ -251,9 +252,7 @@ def _missing_list(missing: Sequence[Row]) -> str:
 def _ratio(row: Row | None, against: Row | None) -> Spread | None:
     if row is None or against is None:
         return None
-    if len(row["samples"]) != len(against["samples"]):  # of two sessions: no rounds in common
-        return Spread(*[spread(row["samples"]).median / spread(against["samples"]).median] * 3)
-    return paired_ratio(row["samples"], against["samples"])
+    return ratio_of(row["samples"], against["samples"])
 
 
 def _spread(ratio: Spread | None) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+
+from lora_kernels import dispatch
 
 
 class Linear(NamedTuple):
@@ -71,12 +74,28 @@ class Problem(NamedTuple):
 
 def linear_problems(device: str, full: bool) -> list[Problem]:
     """The problems of the linear suite, without repetition, the most telling first."""
-    walk = _cuda_problems(full) if device == "cuda" else _cpu_problems(full)
+    if device == "cuda":
+        walk = _cuda_problems(full)
+    elif full or not slow_in_bfloat16():
+        walk = _cpu_problems(full, ("float32", "bfloat16"))
+    else:
+        walk = itertools.chain(_cpu_problems(full, ("float32",)), _slow_problems())
     return list(dict.fromkeys(walk))
 
 
-def _cpu_problems(full: bool) -> Iterator[Problem]:
-    dtypes = ("float32", "bfloat16")
+def slow_in_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 so slowly that full sizes would take minutes each."""
+    return dispatch.choose(torch.zeros(1, dtype=torch.bfloat16)).widened
+
+
+def _slow_problems() -> Iterator[Problem]:
+    for linear in LINEARS:
+        if linear.model == "minimind":
+            for m in (16, 64) if linear.n <= 512 else (16,):
+                yield Problem(linear.model, m, linear.k, linear.n)
+
+
+def _cpu_problems(full: bool, dtypes: tuple[str, ...]) -> Iterator[Problem]:
     mini = [linear for linear in LINEARS if linear.model == "minimind"]
     square = mini[0]
     if full:
@@ -117,7 +136,7 @@ def _cuda_problems(full: bool) -> Iterator[Problem]:
             for m in TOKENS:
                 for p in DROPOUTS:
                     yield Problem(linear.model, m, linear.k, linear.n, dropout=p)
-                if m <= 256:
+                if m <= 1024:
                     yield Problem(linear.model, m, linear.k, linear.n, timing="graph")
             for rank in RANKS:
                 for p in DROPOUTS:
@@ -146,14 +165,15 @@ def _cuda_problems(full: bool) -> Iterator[Problem]:
     for m in (256, 4096):
         for timing in ("call", "graph"):
             yield Problem("minimind", m, mini[0].k, mini[0].n, timing=timing)
-    yield Problem(square.model, 16, square.k, square.n, timing="graph")
+    for m in (1, 16, 64, 256, 1024):
+        yield Problem(square.model, m, square.k, square.n, timing="graph")
 
 
 def compiled_too(problem: Problem, full: bool) -> bool:
     """Whether torch.compile's contenders, seconds each to compile, are part of a problem."""
     if full:
         return True
-    few = {("minimind", 1024, 512, 512)}
-    few |= {("llama-3-8b", 8192, linear.k, linear.n) for linear in LINEARS}
+    few = {("minimind", 1024, 512, 512, 0.0), ("llama-3-8b", 8192, 4096, 14336, 0.0)}
+    few |= {("llama-3-8b", 8192, 4096, 4096, p) for p in DROPOUTS}
     plain = problem.rank == 16 and problem.direction == "both" and problem.timing == "call"
-    return plain and problem[:4] in few and (problem.dropout == 0 or problem.model != "minimind")
+    return plain and (*problem[:4], problem.dropout) in few

@@ -8,10 +8,12 @@ test then replays its own samples to the `benchmark` fixture, through a timer th
 from __future__ import annotations
 
 import gc
+import json
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,16 +140,28 @@ def seconds_for(config: pytest.Config, default: float, full: float) -> float:
     return asked if asked is not None else full if config.getoption("--full") else default
 
 
+# What torch and Triton say when the GPU may answer this process no more.
+_GPU_ERRORS = ("CUDA error", "Error [CUDA]")
+
+
 class Stage:
     """The session's measurements.
 
     Args:
         stamp: goes into every row.
         deadline: `time.monotonic` after which nothing new is measured, or None.
+        journal: file to which each row is added as it is made, in case the session does not end.
     """
 
-    def __init__(self, stamp: dict[str, Any], deadline: float | None = None) -> None:
-        self.stamp, self.deadline = stamp, deadline
+    def __init__(
+        self,
+        stamp: dict[str, Any],
+        deadline: float | None = None,
+        journal: Path | None = None,
+    ) -> None:
+        self.stamp, self.deadline, self.journal = stamp, deadline, journal
+        # Who broke the GPU, after which nothing can be measured.
+        self.broken_by: str | None = None
         self.measured: dict[Any, dict[str, Outcome]] = {}
         # Rows of the report, and what is missing from it: (row without times, reason).
         self.rows: list[dict[str, Any]] = []
@@ -172,8 +186,11 @@ class Stage:
         info = {"suite": request.node.originalname.removeprefix("test_"), **info}
         info |= {"contender": contender, **self.stamp}
         if key not in self.measured:
+            if self.broken_by is not None:
+                self._miss(info, f"the GPU was lost to {self.broken_by}")
+                pytest.skip(f"the GPU was lost to {self.broken_by}")
             if self.deadline is not None and time.monotonic() > self.deadline:
-                self.missing.append({**info, "reason": "out of time"})
+                self._miss(info, "out of time")
                 pytest.skip("out of time")
             names = [
                 item.callspec.params["contender"]
@@ -182,21 +199,37 @@ class Stage:
                 and item.callspec.params["problem"] == problem  # type: ignore[attr-defined]
             ]
             self.measured[key] = _measured(measure_problem, problem, names)
+            for name, each in self.measured[key].items():
+                if any(sign in (each.broken or "") for sign in _GPU_ERRORS):
+                    self.broken_by = f"{name}, {problem}"
+                    break
         outcome = self.measured[key][contender]
         benchmark.group = f"{info['suite']}: {problem}"
         if outcome.unavailable is not None:
-            self.missing.append({**info, "reason": outcome.unavailable})
+            self._miss(info, outcome.unavailable)
             pytest.skip(f"{contender}: {outcome.unavailable}")
         if outcome.wrong is not None:
-            self.missing.append({**info, "reason": f"WRONG: {outcome.wrong}"})
+            self._miss(info, f"WRONG: {outcome.wrong}")
             pytest.fail(f"not timed, since it is wrong: {outcome.wrong}", pytrace=False)
         if outcome.broken is not None:
             last = outcome.broken.strip().splitlines()[-1]
-            self.missing.append({**info, "reason": f"BROKEN: {last}"})
+            self._miss(info, f"BROKEN: {last}")
             pytest.fail(outcome.broken, pytrace=False)
         info |= {"peak_bytes": outcome.peak_bytes, **outcome.info}
         low, high = measure.spread(outcome.samples)[1:]
         benchmark.extra_info.update(info, p20=low, p80=high)
         self.rows.append({**info, "samples": list(outcome.samples)})
+        stats = {"data": list(outcome.samples)}
+        self.note("benchmarks", {"extra_info": dict(benchmark.extra_info), "stats": stats})
         waiting = list(outcome.samples)
         benchmark.pedantic(_advance, args=(waiting,), setup=_stand, rounds=len(waiting))
+
+    def _miss(self, info: dict[str, Any], reason: str) -> None:
+        self.missing.append({**info, "reason": reason})
+        self.note("missing", self.missing[-1])
+
+    def note(self, kind: str, value: Any) -> None:
+        """Add a line to the journal: a part of pytest-benchmark's JSON, and where it belongs."""
+        if self.journal is not None:
+            with self.journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({kind: value}) + "\n")

@@ -15,7 +15,7 @@ from benchmarks.contenders import SCALE, Unavailable, check_compiler, peft
 from benchmarks.gate import GateError, compare
 from benchmarks.measure import Call
 from benchmarks.rivals import three_calls
-from benchmarks.shapes import DTYPES
+from benchmarks.shapes import DTYPES, slow_in_bfloat16
 from benchmarks.stage import Outcome, Stage, measure_together, replayed_seconds, seconds_for
 from lora_kernels import apply_lora
 
@@ -55,10 +55,11 @@ def problems(device: str, full: bool) -> list[BlockProblem]:
     mini = ("minimind", 512, 128, 1408)
     if device == "cpu":
         tokens = (256, 1024, 4096) if full else (256,)
+        few = tokens if full or not slow_in_bfloat16() else (16,)
         return [
             BlockProblem(mini[0], m, *mini[1:], 16, dtype)
-            for dtype in ("float32", "bfloat16")
-            for m in tokens
+            for dtype, counts in (("float32", tokens), ("bfloat16", few))
+            for m in counts
         ]
     blocks: tuple[tuple[str, int, int, int], ...] = (("llama-3-8b", 4096, 1024, 14336),)
     if full:

@@ -78,8 +78,12 @@ def measure_linear(
 
     ring = [make_inputs(problem, device, seed) for seed in range(sets_to_rotate(problem, device))]
     shared = [0]
-    repeats = len(ring) if problem.timing == "graph" else 0
-    return measure_together(names, proven, device, seconds, graph_repeats=repeats)
+    # Whole turns of the ring, and so many calls that the gap between two replays is little.
+    repeats = len(ring) * math.ceil(20 / len(ring)) if problem.timing == "graph" else 0
+    outcomes = measure_together(names, proven, device, seconds, graph_repeats=repeats)
+    for name, step in steps.items():
+        outcomes[name].info |= {"path": step.path} if step.path else {}
+    return outcomes
 
 
 def sets_to_rotate(problem: Problem, device: torch.device) -> int:

@@ -125,8 +125,10 @@ def measure_training(job: Job, names: list[str]) -> dict[str, Outcome]:
         _compare(name, loop, rival)
         return Epoch(loop)
 
-    # Everything has run once or twice by then, and a padded epoch is long.
-    outcomes = measure_together(names, proven, device, 0.0, least_rounds=3, warmup_rounds=0)
+    if device.type == "cuda":
+        outcomes = measure_together(names, proven, device, 1.5, least_rounds=10, warmup_rounds=1)
+    else:  # everything has run once or twice by then, and a padded epoch is long
+        outcomes = measure_together(names, proven, device, 0.0, least_rounds=3, warmup_rounds=0)
     for name, outcome in outcomes.items():
         if outcome.samples:
             narrow = name == "ours" or (name == RIVAL and device.type == "cuda")

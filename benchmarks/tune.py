@@ -10,20 +10,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import faulthandler
+import functools
 import json
-import multiprocessing
+import math
+import os
+import signal
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
-from lora_kernels import tuning
-from lora_kernels.linear import backward, forward, gemm
+from lora_kernels import resources, tuning
+from lora_kernels.cases import Case, Tensors
+from lora_kernels.tiles import Launch, recording
 from lora_kernels.tuning import KERNELS, Config, Shape
+from lora_kernels.workers import Lost, processors, spread
 
 from . import machine, measure
 from .gate import GateError, compare
@@ -33,23 +40,26 @@ SHAPES = tuple(
     for n, k in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
     for m in (8192, 1024)
 ) + (Shape(8192, 4096, 4096, 64), Shape(4096, 512, 512, 16))
-SCALE = 2.0
 LAST = 3  # how many candidates the final, longer comparison takes
-
-
-class Trial(NamedTuple):
-    """A kernel on one shape: how to launch it with a config, and what it must give."""
-
-    launch: Callable[[Config], Sequence[Tensor]]
-    plain: Sequence[Tensor]
-    truth: Sequence[Tensor]
+# Launches in one CUDA graph, about, and seconds that one replay should not exceed by much.
+REPEATS, REPLAY_SECONDS = 20, 4e-3
+# Kept back from the time limit for the process to end in.
+ENDING_SECONDS = 5.0
+# Of a case's operands those that its kernel reads, where these are not all.
+READ = {
+    "xa": ("x", "a"),
+    "one_kernel": ("x", "weight", "a", "b"),
+    "dxa_db": ("dy", "b", "xa"),
+    "da": ("xa", "x", "a"),
+}
 
 
 class Result(NamedTuple):
     """The best config for a kernel and shape.
 
     Attributes:
-        gain: the present config's time over the best's, median of the rounds' ratios.
+        gain: the present config's time over the best's, median of the rounds' ratios; None where
+            the present one did not run.
         seconds: of the best.
         tried, failed: how many candidates ran, and how many were refused and why.
     """
@@ -57,228 +67,286 @@ class Result(NamedTuple):
     kernel: str
     shape: Shape
     config: Config
-    gain: float
+    gain: float | None
     seconds: float
     tried: int
     failed: list[str]
 
 
 class Bench(measure.Call):
-    """A launch as a call; the caches are cold only as far as the tensors exceed them."""
+    """A case's launch, every time on the next set of operands."""
 
-    def __init__(self, launch: Callable[[Config], Any], config: Config) -> None:
-        self.launch, self.config = launch, config
+    def __init__(self, case: Case, ring: Sequence[Tensors]) -> None:
+        self.case, self.ring, self.turn = case, ring, 0
 
     def prepare(self) -> None:
-        pass
+        self.turn = (self.turn + 1) % len(self.ring)
 
     def run(self) -> Any:
-        return self.launch(self.config)
+        return self.case.run(self.ring[self.turn])
+
+    def per_call(self, samples: Sequence[float]) -> Sequence[float]:
+        """As of `measure.GraphCall`."""
+        return samples
 
 
-def make_trial(kernel: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Trial:
-    """Random inputs for a kernel, its launcher, and its values in dtype and in float64.
+def rotated(kernel: str, operands: Tensors, device: torch.device) -> list[Tensors]:
+    """Copies of what a kernel reads, at least two, that should exceed the cache twice over.
+
+    Operands of a few MB, which another kernel has mostly just written, are copied `REPEATS` times.
+    """
+    read = {name: operands[name] for name in READ.get(kernel, operands)}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in read.values())
+    sets = min(max(2, math.ceil(2 * machine.cache_bytes(device) / size)), REPEATS)
+    return [{name: tensor.clone() for name, tensor in read.items()} for _ in range(sets)]
+
+
+def repeats_for(sets: int, seconds: float) -> int:
+    """Launches to record into one graph: whole turns of the ring, fewer of what takes long."""
+    turns = int(REPLAY_SECONDS / max(seconds, 1e-9)) // sets
+    return sets * max(1, min(turns, round(REPEATS / sets)))
+
+
+def to_time(bench: Bench, device: torch.device) -> Bench | measure.GraphCall:
+    """What is timed of a bench: on a GPU a CUDA graph, since launches outlast small kernels.
 
     Raises:
-        ValueError: no such kernel.
+        RuntimeError: no graph can hold it.
     """
-    m, n, k, r = shape
-    generator = torch.Generator(device=device).manual_seed(0)
+    if device.type != "cuda":
+        return bench
+    # With its launch, which is near enough for what is only to bound a replay.
+    once = measure.interleave({"": bench}, device, 0.0, least_rounds=3)[""]
+    repeats = repeats_for(len(bench.ring), measure.spread(once).median)
+    return measure.GraphCall(bench, repeats)
 
-    def normal(*size: int, std: float = 1.0) -> Tensor:
-        drawn = torch.randn(*size, device=device, generator=generator)
-        return drawn.mul_(std).to(dtype)
 
-    x, weight, dy = normal(m, k), normal(n, k, std=k**-0.5), normal(m, n)
-    a, b = normal(r, k, std=k**-0.5), normal(n, r, std=r**-0.5)
-    xa, dxa = normal(m, r), normal(m, r)
-
-    def trial(
-        launch: Callable[[Config], Sequence[Tensor]],
-        formula: Callable[..., Sequence[Tensor]],
-        *tensors: Tensor,
-    ) -> Trial:
-        return Trial(launch, formula(*tensors), formula(*(t.double() for t in tensors)))
-
-    if kernel == "xa":
-        return trial(
-            lambda config: forward.compute_xa(x, a, config=config)[:1],
-            lambda x, a: [x @ a.t()],
-            *(x, a),
-        )
-    if kernel == "one_kernel":
-        return trial(
-            lambda config: forward.one_kernel(
-                x, weight, a, b, None, SCALE, None, 0.0, config=config
-            )[:2],
-            lambda x, w, a, b: [x @ w.t() + SCALE * ((x @ a.t()) @ b.t()), x @ a.t()],
-            *(x, weight, a, b),
-        )
-    if kernel in ("gemm", "hopper"):
-        product = gemm.pointer_gemm if kernel == "gemm" else gemm.hopper_gemm
-        return trial(
-            lambda config: [product(x, weight.t(), xa, b.t(), scale=SCALE, config=config)],
-            lambda x, w, xa, b: [x @ w.t() + SCALE * (xa @ b.t())],
-            *(x, weight, xa, b),
-        )
-    if kernel == "expand":
-        return trial(
-            lambda config: [gemm.expand(xa, b.t(), scale=SCALE, config=config)],
-            lambda xa, b: [SCALE * (xa @ b.t())],
-            *(xa, b),
-        )
-    if kernel == "dxa_db":
-        return trial(
-            lambda config: [
-                t for t in backward.compute_dxa_db(dy, b, xa, SCALE, config=config) if t is not None
-            ],
-            lambda dy, b, xa: [SCALE * (dy @ b), SCALE * (dy.t() @ xa)],
-            *(dy, b, xa),
-        )
-    if kernel == "da":
-        return trial(
-            lambda config: [backward.compute_da(dxa, x, config=config)],
-            lambda dxa, x: [dxa.t() @ x],
-            *(dxa, x),
-        )
-    raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
+def listed(
+    kernel: str, shape: Shape, dtype: torch.dtype, capability: tuple[int, int]
+) -> list[Case]:
+    """The present config and every candidate; nothing for a kernel that this GPU has no use for."""
+    try:
+        present = tuning.lookup(kernel, capability, dtype.itemsize, shape)
+    except LookupError:
+        return []
+    configs = dict.fromkeys((present, *tuning.candidates(kernel, capability, dtype.itemsize)))
+    return [Case(kernel, config, dtype, shape) for config in configs]
 
 
 def tune(
-    kernel: str,
-    shape: Shape,
-    dtype: torch.dtype,
-    device: torch.device,
-    capability: tuple[int, int],
-    configs: Sequence[Config] | None = None,
-    seconds: float = 1.0,
-) -> Result | None:
-    """Search the candidates for one kernel and shape; None where none serves or works.
+    cases: Sequence[Case], device: torch.device, seconds: float, refused: Mapping[Case, str]
+) -> Result:
+    """Search the cases of one kernel and shape, of which the first has the present config.
 
-    Every candidate is checked against float64 first. All are timed in turn for a few rounds, and
-    the best of them with the present config once more.
+    Every one is checked against float64 first. All are timed in turn for a few rounds, and the
+    best of them with the present one once more.
+
+    Args:
+        cases: see `listed`.
+        device: where.
+        seconds: of timing, in each of the two comparisons.
+        refused: cases to leave out, and why.
+
+    Raises:
+        RuntimeError: none of them works; the message says why the first does not.
     """
-    try:
-        present = tuning.lookup(kernel, capability, dtype.itemsize, shape)
-    except LookupError:  # a kernel that this GPU has no use for
-        return None
-    trial = make_trial(kernel, shape, dtype, device)
-    listed = tuning.candidates(kernel, capability, dtype.itemsize) if configs is None else configs
+    present, kernel = cases[0], cases[0].kernel
+    operands = present.operands(device)
+    plain = present.state(operands)
+    truth = present.state({name: tensor.double() for name, tensor in operands.items()})
+    ring = rotated(kernel, operands, device)
     calls: dict[str, Any] = {}
-    failed = []
-    for config in dict.fromkeys((present, *listed)):
+    by_name, failed = {repr(case.config): case for case in cases}, []
+    for name, case in by_name.items():
+        if case in refused:
+            failed.append(f"{name}: {refused[case]}")
+            continue
         try:
-            for got, plain, truth in zip(
-                trial.launch(config), trial.plain, trial.truth, strict=True
-            ):
-                compare(kernel, got, [plain], truth)
+            bench = Bench(case, ring)
+            ours = bench.run()
+            for output, expected in truth.items():
+                compare(f"{kernel}: {output}", ours[output], [plain[output]], expected)
             machine.synchronize(device)
+            del ours
+            calls[name] = to_time(bench, device)
         except GateError as error:
-            failed.append(f"{config}: WRONG: {error}")
+            failed.append(f"{name}: WRONG: {error}")
         except Exception as error:  # compilers refuse in many ways; each is that candidate's end
-            failed.append(f"{config}: {type(error).__name__}: {str(error).splitlines()[:1]}")
-        else:
-            calls[repr(config)] = Bench(trial.launch, config)
+            failed.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[:1]}")
     if not calls:
-        return None
-    first = measure.interleave(calls, device, seconds, least_rounds=3)
-    ordered = sorted(calls, key=lambda name: measure.spread(first[name]).median)
-    last = {name: calls[name] for name in ordered[:LAST]}
-    if repr(present) in calls:
-        last[repr(present)] = calls[repr(present)]
-    final = measure.interleave(last, device, seconds, least_rounds=7)
+        raise RuntimeError(f"none of {len(failed)} candidates works; {failed[0]}")
+
+    def timed(names: Sequence[str], least_rounds: int) -> dict[str, Sequence[float]]:
+        chosen = {name: calls[name] for name in names}
+        samples = measure.interleave(chosen, device, seconds, least_rounds=least_rounds)
+        return {name: calls[name].per_call(taken) for name, taken in samples.items()}
+
+    first, now = timed(list(calls), 3), repr(present.config)
+    last = sorted(calls, key=lambda name: measure.spread(first[name]).median)[:LAST]
+    final = timed([*last, now] if now in calls else last, 7)
     best = min(final, key=lambda name: measure.spread(final[name]).median)
-    against = final.get(repr(present), final[best])
     return Result(
         kernel=kernel,
-        shape=shape,
-        config=last[best].config,
-        gain=measure.paired_ratio(against, final[best]).median,
+        shape=present.shape,
+        config=by_name[best].config,
+        gain=measure.paired_ratio(final[now], final[best]).median if now in calls else None,
         seconds=measure.spread(final[best]).median,
         tried=len(calls),
         failed=failed,
     )
 
 
-def precompile(
-    kernels: Sequence[str],
-    shape: Shape,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    jobs: int,
-) -> None:
-    """Launch every candidate once, in so many processes, to fill Triton's cache on disk."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        for kernel in kernels:
-            configs = tuning.candidates(kernel, capability, dtype.itemsize)
-            for start in range(jobs):
-                pool.submit(_launch_each, kernel, shape, dtype, configs[start::jobs])
+class _TimeUp(BaseException):  # not to be caught as a candidate's failure
+    pass
 
 
-def _launch_each(kernel: str, shape: Shape, dtype: torch.dtype, configs: list[Config]) -> None:
-    trial = make_trial(kernel, shape, dtype, torch.device("cuda"))
-    for config in configs:
-        # What fails here fails again, and is reported, in `tune`.
-        with contextlib.suppress(Exception):
-            trial.launch(config)
+@contextlib.contextmanager
+def at_most(seconds: float, what: str) -> Iterator[None]:
+    """Leave the ``with`` after so many seconds, wherever it is by then, and say so."""
+
+    def leave(*_: Any) -> None:
+        raise _TimeUp
+
+    before = signal.signal(signal.SIGALRM, leave)
+    # Again and again: raised in a destructor, an exception is lost.
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 2.0)
+    try:
+        yield
+    except _TimeUp:
+        print(f"# {what}: out of time", flush=True)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def compile_all(
+    cases: Sequence[Case], capability: tuple[int, int], sms: int, jobs: int, seconds: float
+) -> dict[Case, str]:
+    """Compile what the cases launch into Triton's cache on disk, equal kernels once.
+
+    Args:
+        cases: the most wanted first.
+        capability, sms: the GPU's compute capability and number of multiprocessors.
+        jobs: processes, which touch no GPU.
+        seconds: to stop after.
+
+    Returns:
+        The cases that are not compiled, and why.
+    """
+    refused = dict.fromkeys(cases, "not compiled in time")
+    alike: dict[str, list[Case]] = {}
+    with at_most(seconds, "compiling"):
+        for case in cases:
+            launches = _launches(case, sms)
+            kernels = [(resources._source(one).hash(), one.options) for one in launches]
+            alike.setdefault(str(kernels), []).append(case)
+        groups = list(alike.values())
+        tasks = [(group[0], capability, sms) for group in groups]
+        # By its name: run as a program, this module goes by another one.
+        running = spread(compile_case, tasks, jobs, preload=["benchmarks.tune"])
+        with contextlib.closing(running):
+            for index, result in running:
+                for case in groups[index]:
+                    if isinstance(result, Lost):
+                        refused[case] = f"not compiled: {result.reason.strip().splitlines()[0]}"
+                    else:
+                        del refused[case]
+    return refused
+
+
+def compile_case(task: tuple[Case, tuple[int, int], int]) -> None:
+    """Compile what a case launches, as the launch itself would, without a GPU."""
+    case, (major, minor), sms = task
+    stand_in = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 10 * major + minor, 32),
+    )
+    driver.set_active(stand_in)
+    for launch in _launches(case, sms):
+        launch.kernel.warmup(**launch.arguments, grid=(1,), **launch.options)
+
+
+def _launches(case: Case, sms: int) -> list[Launch]:
+    with recording(sms) as launches:
+        case.run(_on_meta(case.kernel, case.dtype, case.shape))
+    return launches
+
+
+@functools.cache
+def _on_meta(kernel: str, dtype: torch.dtype, shape: Shape) -> Tensors:
+    return Case(kernel, Config(), dtype, shape).operands(torch.device("meta"))
 
 
 def row(result: Result, capability: tuple[int, int], itemsize: int) -> str:
     """A line for `tuning.ROWS`, bounded by the shape that was measured."""
     c, shape = result.config, result.shape
-    sizes = f"Config({c.block_m}, {c.block_n}, {c.block_k}, {c.warps}, {c.stages}, {c.group})"
+    sizes = f"{c.block_m}, {c.block_n}, {c.block_k}, {c.warps}, {c.stages}, {c.group}, {c.per_sm}"
     bounds = f"m={shape.m}, n={shape.n}, k={shape.k}, r={shape.r}"
     date = datetime.datetime.now(datetime.timezone.utc).date()
+    gain = f"{result.gain:.2f} times as fast as before" if result.gain else "before, none ran"
     return (
-        f'Row({capability}, "{result.kernel}", {itemsize}, {sizes}, {bounds}),'
-        f"  # {date}: {result.gain:.2f} times as fast as before"
+        f'Row({capability}, "{result.kernel}", {itemsize}, Config({sizes}), {bounds}),'
+        f"  # {date}: {gain}"
     )
+
+
+def write(found: Sequence[Result], path: Path, stamp: dict[str, Any]) -> None:
+    """All results so far as JSON; whenever it is stopped, the file is whole."""
+    results = [{**r._asdict(), "shape": r.shape._asdict(), "config": vars(r.config)} for r in found]
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(json.dumps({**stamp, "results": results}, indent=1), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def process_seconds() -> float:
+    """Since this process was started, its imports included."""
+    started = int(Path("/proc/self/stat").read_text("utf-8").rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Tune, printing each row as it is found; 1 where there is no GPU to tune on."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--kernel", action="append", choices=KERNELS, help="default: all")
-    parser.add_argument("--minutes", type=float, default=10.0, help="stop after so many")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for everything (default 10)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--shape", action="append", metavar="M,N,K,R", help="default: Llama's")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing a search")
-    parser.add_argument("--jobs", type=int, default=0, help="processes that compile beforehand")
+    parser.add_argument("--jobs", type=int, default=processors(), help="processes that compile")
     parser.add_argument("--commit", help="to stamp results with, where git cannot tell")
     parser.add_argument("--out", type=Path, help="JSON file, written anew after each search")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("there is no CUDA GPU here to tune on")
         return 1
+    left = 60 * options.minutes - process_seconds()
+    deadline = time.monotonic() + left - ENDING_SECONDS
+    # Even if the GPU never answers again; a second early, since the exit takes time, too.
+    faulthandler.dump_traceback_later(max(left - 1, 1), exit=True)
     device, dtype = torch.device("cuda"), getattr(torch, options.dtype)
     capability = torch.cuda.get_device_capability(device)
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
     shapes = [Shape(*map(int, s.split(","))) for s in options.shape] if options.shape else SHAPES
-    deadline = time.monotonic() + 60 * options.minutes
-    found: list[Result] = []
-    kernels = options.kernel or KERNELS
-    for shape in shapes:
-        if options.jobs and time.monotonic() < deadline:
-            precompile(kernels, shape, dtype, capability, options.jobs)
-        for kernel in kernels:
-            if time.monotonic() > deadline:
-                print("out of time")
-                return 0
-            result = tune(kernel, shape, dtype, device, capability, seconds=options.seconds)
-            if result is None:
-                print(f"# {kernel} at {shape}: no candidate works")
+    pairs = [(kernel, shape) for shape in shapes for kernel in options.kernel or KERNELS]
+    searches = [cases for pair in pairs if (cases := listed(*pair, dtype, capability))]
+    every = [case for cases in searches for case in cases]
+    third = (deadline - time.monotonic()) / 3
+    refused = compile_all(every, capability, sms, options.jobs, third)
+    print(f"# {len(refused)} of {len(every)} candidates left out: not compiled", flush=True)
+    stamp, found = machine.stamp(device, options.commit), []
+    with at_most(deadline - time.monotonic(), "tuning"):
+        for cases in searches:
+            try:
+                result = tune(cases, device, options.seconds, refused)
+            except RuntimeError as error:  # out of memory is one
+                print(f"# {cases[0].kernel} at {tuple(cases[0].shape)}: {error}", flush=True)
                 continue
             found.append(result)
             print(row(result, capability, dtype.itemsize), flush=True)
             if options.out:
-                write(found, options.out, machine.stamp(device, options.commit))
+                write(found, options.out, stamp)
     return 0
-
-
-def write(found: Sequence[Result], path: Path, stamp: dict[str, Any]) -> None:
-    """All results so far as JSON."""
-    results = [{**r._asdict(), "shape": r.shape._asdict(), "config": vars(r.config)} for r in found]
-    path.write_text(json.dumps({**stamp, "results": results}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,8 @@ def test_a_cuda_graph_replays_and_draws_anew(dropout_p):
 
     def step():
         y = layer(x)
-        return y, *torch.autograd.grad(y.float().square().sum(), (x, *layer.lora.parameters()))
+        grads = torch.autograd.grad(y.float().square().sum(), (x, *layer.lora.parameters()))
+        return y.detach(), *grads  # a graph kept from the recording would meet other streams
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

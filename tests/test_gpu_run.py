@@ -92,6 +92,45 @@ def test_a_stage_and_its_children_are_stopped(folders):
     assert not alive(int(pid.read_text()))
 
 
+def test_a_suite_that_was_killed_leaves_the_rows_it_had(folders):
+    out, scratch = folders
+    lines = [
+        {"machine_info": {"ceilings": 5}},
+        {"benchmarks": "one"},
+        {"missing": "two"},
+        {"benchmarks": "three"},
+    ]
+    text = "\n".join(map(json.dumps, lines)) + '\n{"benchmarks": "cut sho'
+    die = f"open({str(scratch / 'linear.jsonl')!r}, 'w').write({text!r}); import os; os.abort()"
+    rows = '{"benchmarks": ["four"], "missing": [], "machine_info": {}}'
+    whole = f"open({str(scratch / 'block.json')!r}, 'w').write({rows!r})"
+    listed = [Stage("linear", python(die), 0.5), Stage("block", python(whole), 0.5)]
+    assert gpu_run.run(listed, out, scratch, time.monotonic() + 60) == 1
+    merged = json.loads((out / "benchmarks.json").read_text(encoding="utf-8"))
+    assert merged["benchmarks"] == ["one", "three", "four"] and merged["missing"] == ["two"]
+    assert merged["machine_info"] == {"ceilings": 5}
+
+
+def test_who_is_stopped_stops_the_stage_first(tmp_path):
+    pid = tmp_path / "pid"
+    sleep = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = (
+        "import runpy, sys; from benchmarks import gpu_run;"
+        f"sys.argv = ['gpu_run', {str(tmp_path / 'out')!r}];"
+        f"script = open(gpu_run.__file__).read().replace('_ENVIRONMENT, *st', '{'SLEEP'}, *st');"
+        f"exec(compile(script, gpu_run.__file__, 'exec'),"
+        f" dict(__name__='__main__', __file__=gpu_run.__file__, SLEEP={sleep!r}))"
+    )
+    run = subprocess.Popen(python(code), cwd=gpu_run.ROOT, env={**os.environ, "PYTHONPATH": "."})
+    for _ in range(300):
+        if pid.exists() and pid.read_text():
+            break
+        time.sleep(0.1)
+    run.terminate()
+    assert run.wait(timeout=30) == 143
+    assert not alive(int(pid.read_text()))
+
+
 def alive(pid):
     for _ in range(50):
         try:
@@ -115,6 +154,7 @@ def test_the_stages_and_their_order(tmp_path):
     names = [stage.name for stage in listed]
     assert names == [
         "environment",
+        "large",
         "tests",
         "check",
         "linear",
@@ -125,7 +165,11 @@ def test_the_stages_and_their_order(tmp_path):
         "report",
     ]
     by_name = {stage.name: " ".join(stage.command) for stage in listed}
-    assert "-m pytest" in by_name["tests"] and "tests -m gpu" in by_name["tests"]
+    assert "-m pytest" in by_name["tests"] and "-m gpu" in by_name["tests"]
+    assert gpu_run.LARGE in by_name["large"] and f"--ignore={gpu_run.LARGE}" in by_name["tests"]
+    file, _, name = gpu_run.WHOLE_CHECK.partition("::")
+    assert (gpu_run.ROOT / gpu_run.LARGE).is_file()
+    assert f"def {name}(" in (gpu_run.ROOT / file).read_text(encoding="utf-8")
     assert "-m lora_kernels check" in by_name["check"]
     for suite in gpu_run.SUITES:
         assert (gpu_run.ROOT / "benchmarks" / f"test_{suite}.py").is_file()
@@ -153,5 +197,5 @@ def test_uninstalled_from_another_folder(tmp_path):
 def test_unknown_stage(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu_run.main([str(tmp_path / "out"), "--stages", "linear,magic"])
-    assert "no stage magic; there are environment, tests" in capsys.readouterr().err
+    assert "no stage magic; there are environment, large, tests" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -73,6 +73,68 @@ def test_time_bounds_the_rounds():
     assert len(many) == measure.MOST_ROUNDS
 
 
+class Device:
+    """A GPU that works as long as a call says, behind a queue; and events on its clock."""
+
+    def __init__(self, monkeypatch):
+        self.host = self.free_at = 0.0
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = device.free_at = max(device.host, device.free_at)
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(measure, "synchronize", lambda _: self.synchronize())
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.host)
+
+    def synchronize(self):
+        self.host = max(self.host, self.free_at)
+
+    def call(self, launching, working):
+        class Launches(measure.Call):
+            calls = 0
+
+            def prepare(call):
+                pass
+
+            def run(call):
+                call.calls += 1
+                self.host += launching
+                self.free_at = max(self.host, self.free_at) + working
+
+        return Launches()
+
+
+def test_on_a_gpu_each_pays_for_its_own_launches_and_hides_nobody_elses(monkeypatch):
+    device = Device(monkeypatch)
+    calls = {
+        "launches slowly": device.call(3e-4, 1e-4),
+        "works long": device.call(1e-4, 1e-3),
+        "an epoch": device.call(1e-3, 0.5),
+    }
+    taken = measure.interleave(calls, torch.device("cuda"), 0.0, least_rounds=20, warmup_rounds=1)
+    # The host's time where the GPU waits for it, the GPU's where it does not.
+    assert taken["launches slowly"] == pytest.approx([3e-4] * 20)
+    assert taken["works long"] == pytest.approx([1e-3] * 20)
+    # From an empty queue, and once a round: a burst of what is long tells no more.
+    assert taken["an epoch"] == pytest.approx([0.501] * 20)
+    assert calls["works long"].calls == 21 * (1 + measure.BURST)
+    assert calls["an epoch"].calls == 20 + 1 + measure.BURST
+
+
+def test_ratio_of_other_rounds_is_that_of_the_medians():
+    assert measure.ratio([2.0, 2.0, 20.0], [1.0, 1.0, 10.0]) == (2.0, 2.0, 2.0)
+    assert measure.ratio([4.0, 6.0, 8.0], [2.0, 4.0]) == (2.0, 2.0, 2.0)
+
+
 def test_peak_is_what_is_held_at_most():
     class Allocates(measure.Call):
         def prepare(self):
