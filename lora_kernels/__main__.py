@@ -8,8 +8,12 @@ import json
 import math
 import os
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 
@@ -39,14 +43,17 @@ Without a GPU the kernels run on the CPU in Triton's interpreter, on small shape
 their arithmetic and bounds, not what the compiler makes of them."""
 
 _CHECK_NEXT = """\
-exit status: 0 if everything passed, 1 if something failed, 2 for a mistake on the command line.
+exit status: 0 if everything passed; 1 if something failed, or did not run within --time-limit; 2
+for a mistake on the command line; 130 after Ctrl-C, which still prints what ran until then.
 If a kernel fails on your GPU, take the plain path, `with lora_kernels.use_backend("reference"):`,
 and report what `--json` prints.
 
 examples:
   python -m lora_kernels check                  everything; some minutes, most of them compiling
   python -m lora_kernels check --quick          fewer cases, no float16
-  python -m lora_kernels check --only hopper    one kernel"""
+  python -m lora_kernels check --only hopper    one kernel
+  python -m lora_kernels check --time-limit 300 --out check.jsonl
+                                                what five minutes allow, kept case by case"""
 
 _RESOURCES = """\
 Compile every kernel and block configuration that the table has for a GPU, without that GPU, and
@@ -93,6 +100,18 @@ def build_parser() -> argparse.ArgumentParser:
         "check", "compare every kernel with float64 on this machine", (_CHECK, _CHECK_NEXT), _check
     )
     check.add_argument("--quick", action="store_true", help="fewer cases, and none in float16")
+    check.add_argument(
+        "--time-limit",
+        type=_seconds,
+        metavar="SECONDS",
+        help="start no case after this time; what runs 20 s longer is stopped and fails",
+    )
+    check.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="append each result to this file when its case ends, as a line of JSON",
+    )
     _add_common(check, (*tuning.KERNELS, LAYERS))
 
     text = "compile every kernel for a GPU, without it"
@@ -129,14 +148,25 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return seconds
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command; returns the exit status.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C, after `check` has printed what it has found until then.
+    """
     options = build_parser().parse_args(arguments)
     try:
         return options.run(options)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -149,43 +179,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    limit = options.time_limit
+    deadline = None if limit is None else time.monotonic() + limit
     if not torch.cuda.is_available():
         # Read by Triton when it is imported, which the worker processes do anew.
         os.environ["TRITON_INTERPRET"] = "1"
     tool = importlib.import_module("lora_kernels.check")
+    try:  # before the minutes that it is for
+        out = options.out.open("a", encoding="utf-8") if options.out else nullcontext()
+    except OSError as error:
+        print(f"--out: cannot write to {options.out}: {error.strerror}", file=sys.stderr)
+        return 2
     facts = tool.machine()
     if not options.json:
         print(f"lora_kernels {__version__} on {facts['device']}")
         versions = (f"{name} {fact}" for name, fact in facts.items() if name != "device")
         print(", ".join(versions), end="\n\n", flush=True)
-    results, left_out = tool.check(quick=options.quick, only=options.only, jobs=options.jobs)
-    failed = [result for result in results if not result.passed]
-    if options.json:
-        _print_json(facts, results=[_result_record(result) for result in results])
-    else:
-        _print_check(results, left_out, failed)
-    return 1 if failed or not results else 0
+    cases, left_out = tool.plan(quick=options.quick, only=options.only)
+    ended: dict[int, Any] = {}
+    with out as file:
+        try:
+            for index, result in tool.check(cases, jobs=options.jobs, deadline=deadline):
+                ended[index] = result
+                if file is not None:
+                    _append(file, facts, result)
+        finally:  # also after Ctrl-C
+            results = [ended[index] for index in sorted(ended)]
+            if options.json:
+                records = [_result_record(result) for result in results]
+                _print_json(facts, not_run=len(cases) - len(results), results=records)
+            else:
+                _print_check(cases, results, left_out)
+            sys.stdout.flush()  # a process that cannot be killed would hold up the end of this one
+    everything = len(results) == len(cases) > 0 and all(result.passed for result in results)
+    return 0 if everything else 1
 
 
-def _print_check(results: list[Any], left_out: list[str], failed: list[Any]) -> None:
+def _append(file: TextIO, facts: dict[str, Any], result: Any) -> None:
+    record = {"lora_kernels": __version__, **facts, **_result_record(result)}
+    file.write(json.dumps(record, allow_nan=False) + "\n")
+    file.flush()  # to outlast this process, however it ends
+
+
+def _group(case: Any) -> tuple[str, str, str]:
+    return case.name, case.block, case.dtype_name
+
+
+def _print_check(cases: list[Any], results: list[Any], left_out: list[str]) -> None:
+    planned = Counter(_group(case) for case in cases)
     groups: dict[tuple[str, str, str], list[Any]] = {}
     for result in results:
-        case = result.case
-        groups.setdefault((case.name, case.block, case.dtype_name), []).append(result)
+        groups.setdefault(_group(result.case), []).append(result)
     rows: list[Sequence[str]] = []
     for key, group in sorted(groups.items(), key=lambda item: -max(r.strain for r in item[1])):
         worst = max(group, key=lambda result: result.strain)
         passed = sum(result.passed for result in group)
+        verdict = "pass" if passed == planned[key] else "not all ran"
         output = worst.worst
         rows.append(
             (
                 *key,
-                f"{passed} of {len(group)}",
+                f"{passed} of {planned[key]}",
                 output.name,
                 f"{output.ours:.2e}",
                 f"{output.plain:.2e}",
                 f"{output.budget:.2e}",
-                "pass" if passed == len(group) else "FAIL",
+                verdict if passed == len(group) else "FAIL",
             )
         )
     titles = "kernel|configuration|dtype|cases pass|worst output|error|plain torch|allowed|"
@@ -193,6 +252,7 @@ def _print_check(results: list[Any], left_out: list[str], failed: list[Any]) -> 
     print()
     for reason in left_out:
         print(f"left out: {reason}")
+    failed = [result for result in results if not result.passed]
     for result in failed[:SHOWN_FAILURES]:
         case, output = result.case, result.worst
         sizes = f"m={case.shape.m} n={case.shape.n} k={case.shape.k}"
@@ -201,7 +261,11 @@ def _print_check(results: list[Any], left_out: list[str], failed: list[Any]) -> 
         print(f"     {output.name} {output.problem} {error}".rstrip())
     if len(failed) > SHOWN_FAILURES:
         print(f"... and {len(failed) - SHOWN_FAILURES} more; --json lists them all")
-    print(f"{len(results) - len(failed)} of {len(results)} cases pass")
+    passed, not_run = len(results) - len(failed), len(cases) - len(results)
+    if not_run:
+        print(f"{passed} of the {len(results)} cases that ran pass, {not_run} did not run")
+    else:
+        print(f"{passed} of {len(results)} cases pass")
 
 
 def _result_record(result: Any) -> dict[str, Any]:
@@ -277,9 +341,14 @@ def _print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def _print_json(facts: dict[str, Any], **lists: Any) -> None:
-    print(json.dumps({"lora_kernels": __version__, **facts, **lists}, indent=1, allow_nan=False))
+def _print_json(facts: dict[str, Any], **found: Any) -> None:
+    print(json.dumps({"lora_kernels": __version__, **facts, **found}, indent=1, allow_nan=False))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    raise SystemExit(status)

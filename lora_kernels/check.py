@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -29,6 +29,10 @@ from .workers import Lost, processors, progress, spread
 # The interpreter stands in for the GPU with the most kernels, as it does for the operators.
 INTERPRETED_CAPABILITY = (9, 0)
 
+# Processes that share a GPU take turns on it, so more of them only help to compile.
+MOST_ON_GPU = 16
+# A CUDA context, about half of it, and the float64 truth of the largest case.
+MEMORY_OF_A_PROCESS = 2 << 30
 
 # What torch and Triton say when the GPU may answer this process no more.
 _GPU_ERRORS = ("CUDA error", "Error [CUDA]")
@@ -255,18 +259,14 @@ def _strain(output: Output) -> float:
     return share
 
 
-def check(
-    *, quick: bool = False, only: Sequence[str] = (), jobs: int | None = None
-) -> tuple[list[Result], list[str]]:
-    """Run everything in worker processes, which take TRITON_INTERPRET from this one's environment.
+def plan(
+    *, quick: bool = False, only: Sequence[str] = ()
+) -> tuple[list[Case | LayerCase], list[str]]:
+    """The cases for the machine at hand, and what is left out of them with the reason.
 
     Args:
         quick: fewer cases, and none in float16.
         only: names of kernels, or ``"layers"`` for the strategies end to end; empty for all.
-        jobs: processes; by default up to eight, as many as there are processors.
-
-    Returns:
-        The results in the order of the cases, and what was left out with the reason.
     """
     interpreted = knobs.runtime.interpret
     capability = INTERPRETED_CAPABILITY if interpreted else torch.cuda.get_device_capability()
@@ -284,14 +284,40 @@ def check(
             left_out.append(layer_case.refusal)
         else:
             cases.append(layer_case)
-    jobs = jobs or min(8, processors())
-    outputs: list[list[Output]] = [[] for _ in cases]
-    running = spread(run_case, cases, jobs, preload=[__name__])
+    return cases, list(dict.fromkeys(left_out))
+
+
+def check(
+    cases: Sequence[Case | LayerCase], *, jobs: int | None = None, deadline: float | None = None
+) -> Iterator[tuple[int, Result]]:
+    """Run cases in worker processes, which take TRITON_INTERPRET from this one's environment.
+
+    Args:
+        cases: of `plan`.
+        jobs: processes; by default as many as `default_jobs` says.
+        deadline: of `time.monotonic`. No case starts from then on; one that runs for
+            `workers.GRACE_SECONDS` more is killed and fails.
+
+    Yields:
+        The index of a case and its result, as each ends; nothing for a case that did not run.
+    """
+    running = spread(run_case, cases, jobs or default_jobs(), [__name__], deadline)
     for index, found in progress(running, len(cases), "checking"):
-        outputs[index] = [_failed(found.reason)] if isinstance(found, Lost) else found
-    return [Result(*both) for both in zip(cases, outputs, strict=True)], list(
-        dict.fromkeys(left_out)
-    )
+        outputs = [_failed(found.reason)] if isinstance(found, Lost) else found
+        yield index, Result(cases[index], outputs)
+
+
+def default_jobs() -> int:
+    """The processors there are, less two for the rest of the machine where there are over four.
+
+    On a GPU no more than `MOST_ON_GPU`, nor than its memory holds.
+    """
+    count = processors()
+    jobs = count - 2 if count > 4 else count
+    if knobs.runtime.interpret:
+        return jobs
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return max(1, min(jobs, MOST_ON_GPU, memory // MEMORY_OF_A_PROCESS))
 
 
 def machine() -> dict[str, str]:

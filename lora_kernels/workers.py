@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple
@@ -19,6 +20,12 @@ try:
     from tqdm import tqdm
 except ImportError:  # it comes with the extra [train]
     tqdm = None
+
+
+# After a deadline, for what has started, before it is killed.
+GRACE_SECONDS = 20.0
+# For a killed process to go; one that is stuck in a driver may never do so.
+DYING_SECONDS = 5.0
 
 
 class Lost(NamedTuple):
@@ -33,7 +40,11 @@ def processors() -> int:
 
 
 def spread(
-    function: Callable[[Any], Any], items: Sequence[Any], workers: int, preload: list[str]
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    workers: int,
+    preload: list[str],
+    deadline: float | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """``(index, function(items[index]))`` for every item, in the order in which they end.
 
@@ -44,31 +55,41 @@ def spread(
         items: what to run over.
         workers: how many processes.
         preload: modules to import before processes are made.
+        deadline: of `time.monotonic`. No item starts from then on, and those that never did are
+            not among the results; what still runs `GRACE_SECONDS` later is killed, and `Lost`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload)
-    idle = [_Worker(context, function) for _ in range(min(workers, len(items)))]
+    idle: list[_Worker] = []
     waiting = iter(enumerate(items))
     busy: dict[Any, tuple[_Worker, int]] = {}
+
+    def left(grace: float = 0.0) -> float | None:
+        return None if deadline is None else max(0.0, deadline + grace - time.monotonic())
+
     try:
         while True:
-            while idle and (job := next(waiting, None)) is not None:
-                worker = idle.pop()
+            while len(busy) < workers and left() != 0 and (job := next(waiting, None)) is not None:
+                worker = idle.pop() if idle else _Worker(context, function)
                 worker.pipe.send(job[1])
                 busy[worker.pipe] = worker, job[0]
             if not busy:
                 return
-            for pipe in connection.wait(list(busy)):
+            ended = connection.wait(list(busy), left(GRACE_SECONDS))
+            if not ended:
+                _stop([worker for worker, _ in busy.values()])
+                yield from ((index, Lost("did not end")) for _, index in busy.values())
+                return
+            for pipe in ended:
                 worker, index = busy.pop(pipe)
                 result = worker.result()
                 if isinstance(result, Lost):
-                    worker.stop()
-                    worker = _Worker(context, function)
-                idle.append(worker)
+                    _stop([worker])
+                else:
+                    idle.append(worker)
                 yield index, result
     finally:
-        for worker in idle + [worker for worker, _ in busy.values()]:
-            worker.stop()
+        _stop([*idle, *(worker for worker, _ in busy.values())])
 
 
 class _Worker:
@@ -82,13 +103,17 @@ class _Worker:
         try:
             return self.pipe.recv()
         except (EOFError, ConnectionError):
-            self.process.join()
+            self.process.join(DYING_SECONDS)
             return Lost(f"its process ended with exit code {self.process.exitcode}")
 
-    def stop(self) -> None:
-        self.pipe.close()
-        self.process.terminate()
-        self.process.join()
+
+def _stop(workers: Sequence[_Worker]) -> None:
+    for worker in workers:  # all of them before the first wait: a GPU is slow to let go
+        worker.pipe.close()
+        worker.process.kill()
+    end = time.monotonic() + DYING_SECONDS
+    for worker in workers:
+        worker.process.join(max(0.0, end - time.monotonic()))
 
 
 def _serve(function: Callable[[Any], Any], pipe: Any) -> None:
