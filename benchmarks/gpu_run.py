@@ -112,7 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="the suites' every problem")
     parser.add_argument("--seconds", type=float, help="of measuring each linear and block")
     parser.add_argument("--commit", help="to stamp rows with, where git cannot tell")
-    parser.add_argument("--jobs", type=int, default=8, help="processes that compile for the tuner")
+    parser.add_argument(
+        "--jobs", type=int, default=8, help="processes that test, and that compile for the tuner"
+    )
     options = parser.parse_args(arguments)
     options.out = options.out.resolve()  # the stages run in the repository's root
     deadline = time.monotonic() + 60 * options.minutes

@@ -256,7 +256,8 @@ def _quick(problem: BlockProblem, contender: str) -> bool:
     """Whether it belongs to the default few: compiling PEFT's layers takes longest of all."""
     if "compiled" not in contender:
         return True
-    return problem.dtype == "bfloat16" and not contender.startswith("peft")
+    few = problem.dtype == "bfloat16" and not contender.startswith("peft")
+    return few and (machine.best_device().type == "cuda" or not slow_in_bfloat16())
 
 
 @pytest.mark.benchmark(timer=replayed_seconds)

@@ -46,12 +46,7 @@ REPEATS, REPLAY_SECONDS = 20, 4e-3
 # Kept back from the time limit for the process to end in.
 ENDING_SECONDS = 5.0
 # Of a case's operands those that its kernel reads, where these are not all.
-READ = {
-    "xa": ("x", "a"),
-    "one_kernel": ("x", "weight", "a", "b"),
-    "dxa_db": ("dy", "b", "xa"),
-    "da": ("xa", "x", "a"),
-}
+READ = {"xa": "x a", "one_kernel": "x weight a b", "dxa_db": "dy b xa", "da": "xa x a"}
 
 
 class Result(NamedTuple):
@@ -95,16 +90,11 @@ def rotated(kernel: str, operands: Tensors, device: torch.device) -> list[Tensor
 
     Operands of a few MB, which another kernel has mostly just written, are copied `REPEATS` times.
     """
-    read = {name: operands[name] for name in READ.get(kernel, operands)}
+    names = READ[kernel].split() if kernel in READ else list(operands)
+    read = {name: operands[name] for name in names}
     size = sum(tensor.numel() * tensor.element_size() for tensor in read.values())
     sets = min(max(2, math.ceil(2 * machine.cache_bytes(device) / size)), REPEATS)
     return [{name: tensor.clone() for name, tensor in read.items()} for _ in range(sets)]
-
-
-def repeats_for(sets: int, seconds: float) -> int:
-    """Launches to record into one graph: whole turns of the ring, fewer of what takes long."""
-    turns = int(REPLAY_SECONDS / max(seconds, 1e-9)) // sets
-    return sets * max(1, min(turns, round(REPEATS / sets)))
 
 
 def to_time(bench: Bench, device: torch.device) -> Bench | measure.GraphCall:
@@ -116,9 +106,10 @@ def to_time(bench: Bench, device: torch.device) -> Bench | measure.GraphCall:
     if device.type != "cuda":
         return bench
     # With its launch, which is near enough for what is only to bound a replay.
-    once = measure.interleave({"": bench}, device, 0.0, least_rounds=3)[""]
-    repeats = repeats_for(len(bench.ring), measure.spread(once).median)
-    return measure.GraphCall(bench, repeats)
+    once = measure.spread(measure.interleave({"": bench}, device, 0.0)[""]).median
+    sets = len(bench.ring)  # whole turns of them
+    turns = min(round(REPEATS / sets), int(REPLAY_SECONDS / once / sets))
+    return measure.GraphCall(bench, sets * max(1, turns))
 
 
 def listed(
@@ -143,7 +134,6 @@ def tune(
 
     Args:
         cases: see `listed`.
-        device: where.
         seconds: of timing, in each of the two comparisons.
         refused: cases to leave out, and why.
 
@@ -224,11 +214,7 @@ def compile_all(
 ) -> dict[Case, str]:
     """Compile what the cases launch into Triton's cache on disk, equal kernels once.
 
-    Args:
-        cases: the most wanted first.
-        capability, sms: the GPU's compute capability and number of multiprocessors.
-        jobs: processes, which touch no GPU.
-        seconds: to stop after.
+    In so many processes, which touch no GPU, and for so many seconds at the most.
 
     Returns:
         The cases that are not compiled, and why.
@@ -332,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
     searches = [cases for pair in pairs if (cases := listed(*pair, dtype, capability))]
     every = [case for cases in searches for case in cases]
     third = (deadline - time.monotonic()) / 3
-    refused = compile_all(every, capability, sms, options.jobs, third)
+    refused = compile_all(every, capability, sms, max(1, options.jobs), third)
     print(f"# {len(refused)} of {len(every)} candidates left out: not compiled", flush=True)
     stamp, found = machine.stamp(device, options.commit), []
     with at_most(deadline - time.monotonic(), "tuning"):
@@ -340,7 +326,8 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 result = tune(cases, device, options.seconds, refused)
             except RuntimeError as error:  # out of memory is one
-                print(f"# {cases[0].kernel} at {tuple(cases[0].shape)}: {error}", flush=True)
+                what, why = cases[0], str(error).partition("\n")[0]
+                print(f"# {what.kernel} at {tuple(what.shape)}: {why}", flush=True)
                 continue
             found.append(result)
             print(row(result, capability, dtype.itemsize), flush=True)
