@@ -119,6 +119,8 @@ def test_any_strides_of_x_and_dy(layout, dropout_p):
         (1, 17, 1, 1),  # a single token, rank and output 1
         (127, 129, 33, 5),  # multiples of nothing
         (3, 8, 200, 48),  # rank above K
+        (257, 130, 66, 5),  # rows enough to take the rank part first
+        (300, 8, 200, 48),  # and a rank too high for that
     ],
 )
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])

@@ -19,7 +19,9 @@ def make(m, k, n, r):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize(
-    ("m", "k", "n", "r"), [(16, 8, 12, 4), (1, 3, 1, 1), (17, 129, 5, 48), (0, 4, 3, 2)], ids=str
+    ("m", "k", "n", "r"),
+    [(16, 8, 12, 4), (1, 3, 1, 1), (17, 129, 5, 48), (300, 20, 33, 4), (0, 4, 3, 2)],
+    ids=str,
 )
 def test_formulas_equal_autograd(m, k, n, r, dropout_p):
     inputs = [t.requires_grad_() for t in make(m, k, n, r)]

@@ -8,9 +8,9 @@ the tensor cores take them: A, B and dxa are each rounded to it once, and da, db
 the end.
 
 The road not taken: autograd of the one-line statement keeps ``drop(x)`` and ``x·Aᵀ`` alive, adds
-the two branches in a pass of their own and sums two dx. Here the branch is accumulated by the
-matrix product itself (``addmm_``), so nothing of size ``[M, N]`` or ``[M, K]`` is made twice
-without dropout (eagerly; a compiler is left to fuse the sum itself).
+the two branches in a pass of their own and sums two dx. Here one of the two products adds itself
+onto the other (``addmm_``), so nothing of size ``[M, N]`` or ``[M, K]`` is made twice (eagerly; a
+compiler is left to fuse the sum itself).
 """
 
 from __future__ import annotations
@@ -54,8 +54,6 @@ def forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """``xa = drop(x)·Aᵀ``, ``y = x·Wᵀ + scale·xa·Bᵀ + bias``; returns ``(y, xa)`` in x's dtype."""
-    # The big product first: it reads x from memory behind its arithmetic, the thin one from cache.
-    y = F.linear(x, weight, bias)
     if keep is None:
         xa = x.mm(_as(lora_a, x.dtype).t())
     else:
@@ -63,8 +61,14 @@ def forward(
     factor = _as(lora_b, x.dtype).t()
     if is_compiling():
         # torch 2.11 traces an output written in place into gradients that are silently zero.
-        return y.addmm(xa, factor, alpha=scale), xa
-    return y.addmm_(xa, factor, alpha=scale), xa
+        return F.linear(x, weight, bias).addmm(xa, factor, alpha=scale), xa
+    if not _rank_first(x.shape[0], lora_a.shape[0], weight):
+        return F.linear(x, weight, bias).addmm_(xa, factor, alpha=scale), xa
+    if bias is None:
+        y = x.new_empty(x.shape[0], weight.shape[0]).addmm_(xa, factor, beta=0, alpha=scale)
+    else:
+        y = torch.addmm(bias, xa, factor, alpha=scale)
+    return y.addmm_(x, weight.t()), xa
 
 
 def backward(
@@ -85,19 +89,23 @@ def backward(
     ``dx = dy·W + mask⊙(dxa·A)``, ``dweight = dyᵀ·x``, ``dbias = Σ dy``.
     """
     dx = dweight = da = db = dbias = None
-    if needs.x:
-        dx = dy.mm(weight)  # first, as in forward
     if needs.x or needs.lora_a:
         # Wherever dxa is used the mask follows, so the 1 / (1 - p) of both goes in here.
         factor = scale if keep is None else scale / (1.0 - dropout_p)
         dxa = dy.mm(_as(lora_b, dy.dtype)).mul_(factor)
-    if dx is not None:  # while dx is in the cache
-        if keep is None:
-            dx.addmm_(dxa, _as(lora_a, dy.dtype))
+    if needs.x:
+        factor_a = _as(lora_a, dy.dtype)
+        if not is_compiling() and _rank_first(dy.shape[0], lora_a.shape[0], weight):
+            dx = dxa.mm(factor_a)
+            if keep is not None:
+                dx.mul_(keep.view(torch.uint8))
+            dx.addmm_(dy, weight)
+        elif keep is None:
+            dx = dy.mm(weight).addmm_(dxa, factor_a)
         else:
-            dx.addcmul_(dxa.mm(_as(lora_a, dy.dtype)), keep.view(torch.uint8))
+            dx = dy.mm(weight).addcmul_(dxa.mm(factor_a), keep.view(torch.uint8))
     if needs.lora_b:
-        if is_compiling() or dy.shape[0] < _TALL or torch.get_num_threads() > 1:
+        if is_compiling() or dy.shape[0] < _MANY or torch.get_num_threads() > 1:
             db = dy.t().mm(xa).mul_(scale)
         else:
             db = xa.t().mm(dy).mul_(scale).t().contiguous()
@@ -162,11 +170,20 @@ def widened_backward(
     )
 
 
-# From so many rows on one thread of MKL multiplies the tall dyᵀ at two thirds of the speed of the
-# thin xaᵀ; several threads share the tall one out better.
-_TALL = 256
+# From so many rows on buffers outgrow the cache, see `_rank_first`; and one thread of MKL takes the
+# tall dyᵀ at two thirds of the speed of the thin xaᵀ, where several share the tall one out better.
+_MANY = 256
 # From so many rows on it pays to widen the weight for forward, at 512 and at 4864 features alike.
 _WIDENED_ROWS = 16
+
+
+def _rank_first(rows: int, rank: int, weight: Tensor) -> bool:
+    """Whether the big product adds itself onto the rank part, and not the other way round.
+
+    That it reads what it adds onto hides behind its arithmetic, which is worth up to 8 % with many
+    rows; few stay in the cache. Onto a rank part that outweighs it, it would add less exactly.
+    """
+    return rows >= _MANY and 4 * rank <= min(weight.shape)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
