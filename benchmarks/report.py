@@ -55,11 +55,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The linears that were measured with and without dropout, forward and backward, in short."""
+    """The linears that were measured with and without dropout, forward and backward, in short.
+
+    Of a dtype that was measured without dropout only, all of them.
+    """
     linear = [r for r in rows if r["suite"] == "linear" and r["direction"] == "both"]
     linear = [r for r in linear if r["timing"] == "call"]
-    dropped = {(r["k"], r["n"], r["m"], r["rank"]) for r in linear if r["dropout"]}
-    linear = [r for r in linear if (r["k"], r["n"], r["m"], r["rank"]) in dropped]
+
+    def size(row: Row) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("dtype", "k", "n", "m", "rank"))
+
+    dropped = {size(row) for row in linear if row["dropout"]}
+    dtypes = {dtype for dtype, *_ in dropped}
+    linear = [r for r in linear if size(r) in dropped or r["dtype"] not in dtypes]
     names = [n for n in README_COLUMNS if any(row["contender"] == n for row in linear)]
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for (dtype, label), of_label in _grouped(linear, "dtype", "label"):
