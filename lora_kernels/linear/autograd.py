@@ -142,11 +142,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], xa: Tensor, bits: Tensor | None) ->
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of `_forward`'s arguments."""
-    x, weight, lora_a, lora_b, xa, keep = ctx.saved_tensors
-    scale, dropout_p, path = ctx.settings
-    if _autocasts(x):
-        with torch.autocast(x.device.type, enabled=False):
+    if _autocasts(dy):
+        with torch.autocast(dy.device.type, enabled=False):
             return _backward(ctx, dy)
+    x, weight, lora_a, lora_b, xa, keep = ctx.saved_tensors  # once: checkpointing unpacks no more
+    scale, dropout_p, path = ctx.settings
     needs = reference.Needs(*ctx.needs_input_grad[:5])
     operands = dy, x, weight, lora_a, lora_b, xa
     grads: tuple[Tensor | None, ...]
