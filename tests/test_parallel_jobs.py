@@ -21,7 +21,7 @@ from minimind.cli import main
 from minimind.training import Trainer
 
 RESULTS = ["adapter.safetensors", "answers.jsonl", "loss.png", "metrics.jsonl", "run.json"]
-CLOSE = {"rtol": 1e-4, "atol": 1e-6}  # float32 sums in another order, after some Adam steps
+CLOSE = 1e-4  # of a tensor's norm, after some Adam steps
 
 
 @pytest.fixture
@@ -47,8 +47,13 @@ def assert_same_run(ours, theirs):
     (names, rows), (expected_names, expected) = metrics(ours), metrics(theirs)
     assert names == expected_names and rows == [pytest.approx(row, rel=1e-5) for row in expected]
     assert (ours / "answers.jsonl").read_text() == (theirs / "answers.jsonl").read_text()
-    tensors = (load_file(directory / "adapter.safetensors") for directory in (ours, theirs))
-    torch.testing.assert_close(*tensors, **CLOSE)
+    found, wanted = (load_file(directory / "adapter.safetensors") for directory in (ours, theirs))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        # Not by elements: of a gradient next to nothing Adam takes the sign and little else, and
+        # float32 sums in another order decide that.
+        off = (found[name] - tensor).norm() / tensor.norm()
+        assert off <= CLOSE, f"{name}: off by {off:.1e} of its norm"
 
 
 def finetune_watched(strategy, *options):
