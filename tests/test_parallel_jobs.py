@@ -21,7 +21,7 @@ from minimind.cli import main
 from minimind.training import Trainer
 
 RESULTS = ["adapter.safetensors", "answers.jsonl", "loss.png", "metrics.jsonl", "run.json"]
-CLOSE = 1e-4  # of a tensor's norm, after some Adam steps
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}  # float32 sums in another order, after some Adam steps
 
 
 @pytest.fixture
@@ -50,10 +50,12 @@ def assert_same_run(ours, theirs):
     found, wanted = (load_file(directory / "adapter.safetensors") for directory in (ours, theirs))
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        # Not by elements: of a gradient next to nothing Adam takes the sign and little else, and
-        # float32 sums in another order decide that.
+        # Of a gradient next to nothing Adam takes the sign and little else, which float32 sums in
+        # another order decide: so it goes for a few elements, and not for the whole.
+        near = torch.isclose(found[name], tensor, **CLOSE).double().mean()
+        assert near >= 0.99, f"{name}: {near:.2%} of its elements are close"
         off = (found[name] - tensor).norm() / tensor.norm()
-        assert off <= CLOSE, f"{name}: off by {off:.1e} of its norm"
+        assert off <= CLOSE["rtol"], f"{name}: off by {off:.1e} of its norm"
 
 
 def finetune_watched(strategy, *options):
