@@ -37,6 +37,18 @@ def test_formulas_equal_autograd(m, k, n, r, dropout_p):
         torch.testing.assert_close(ours, truth)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("m", [20, 300])  # few rows, and enough to take the rank part first
+def test_without_a_bias(m, dropout_p):
+    x, weight, lora_a, lora_b, _ = make(m, 20, 33, 4)
+    keep = draw_keep_mask(x, dropout_p) if dropout_p else None
+    y, _ = reference.forward(x, weight, lora_a, lora_b, None, 1.3, keep, dropout_p)
+    expected = oracle.lora_linear(
+        x, weight, lora_a, lora_b, scale=1.3, keep=keep, dropout_p=dropout_p
+    )
+    torch.testing.assert_close(y, expected)
+
+
 def test_nothing_unasked_is_computed():
     inputs = make(4, 3, 5, 2)
     _, xa = reference.forward(*inputs, 1.0, None, 0.0)
