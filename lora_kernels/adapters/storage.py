@@ -5,7 +5,7 @@ Three kinds, told apart by the path:
 - ``.pth`` / ``.pt``: torch's format, the plain dictionary ``{"<module>.lora.A.weight": tensor}``.
   It says nothing of alpha or dropout; on a model without LoRA it loads with scale 1.
 - ``.safetensors``: the same keys; rank, alpha, rsLoRA and dropout of each module as metadata.
-- an existing directory, or a new path without a suffix: PEFT's two files, see `peft_format`.
+- an existing directory, or a new path without a suffix: PEFT's two files, see `peft_reading`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..config import LayerConfig
 from ..linear.module import DTYPES, LoRALinear
-from .peft_format import read_directory, write_directory
+from .peft_reading import read_directory, write_directory
 from .sharding import cut_like, is_sharded, is_writer, refuse_flattened, reshard, whole
 from .surgery import _require_lora, insert_lora, lora_layers, strip_wrappers
 

@@ -33,7 +33,7 @@ from lora_kernels import (
     lora_state_dict,
     save_lora,
 )
-from lora_kernels.adapters import peft_format
+from lora_kernels.adapters import peft_reading
 from lora_kernels.adapters.storage import holds_adapter, read_adapter
 
 
@@ -206,7 +206,7 @@ def test_a_failed_first_write_leaves_nothing(tmp_path, monkeypatch, step):
     def full_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(*[(os, "fsync"), (peft_format, "save")][step], full_disk)
+    monkeypatch.setattr(*[(os, "fsync"), (peft_reading, "save")][step], full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_lora(trained(Model()), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
