@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels import LoRALinear, explain, tuning, use_backend
+from lora_kernels import LoRALinear, explain, kernels, use_backend, use_strategy
 
 from . import rivals
 from .machine import version
@@ -26,7 +26,7 @@ except ImportError:
 SCALE = 2.0
 FLOOR = "frozen"
 OURS = "ours"
-STRATEGIES = tuple(dict.fromkeys(name for names in tuning.STRATEGIES.values() for name in names))
+STRATEGIES = tuple(dict.fromkeys(name for names in kernels.STRATEGIES.values() for name in names))
 
 COMPILED = ("three calls, compiled", "peft, compiled")
 CONTENDERS = (
@@ -259,8 +259,8 @@ def _ours(name: str, problem: Problem, device: torch.device) -> Step:
         if not strategy:
             yield
             return
-        roles = {role: strategy for role, known in tuning.STRATEGIES.items() if strategy in known}
-        with use_backend("triton"), tuning.use_strategy(**roles):
+        roles = {role: strategy for role, known in kernels.STRATEGIES.items() if strategy in known}
+        with use_backend("triton"), use_strategy(**roles):
             yield
 
     with chosen():
@@ -280,11 +280,11 @@ def _strategies(problem: Problem, device: torch.device) -> str:
     found = []
     for role, shape in (("forward", (m, n, k, r)), ("dx", (m, k, n, r))):
         try:
-            name = tuning.strategy(
+            name = kernels.strategy(
                 role,
                 torch.cuda.get_device_capability(device),
                 DTYPES[problem.dtype],
-                tuning.Shape(*shape),
+                kernels.Shape(*shape),
                 dropped=problem.dropout > 0,
                 tma=k % 8 == 0 and n % 8 == 0,  # fresh tensors lie on 16 bytes and more
                 sms=torch.cuda.get_device_properties(device).multi_processor_count,

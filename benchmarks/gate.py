@@ -1,9 +1,9 @@
 """No number without a right answer: a contender's output and gradients against a float64 truth.
 
-The budget is `lora_kernels.closeness`: twice the distance from the truth that plain PyTorch shows
-in the same dtype, plus one rounding of the largest value. Plain PyTorch is the statement as three
-calls, as `addmm`, and with the big product added last: for a single token their sums run in quite
-different orders, and each is as right as the others.
+The budget is that of `lora_kernels.proof`: twice the distance from the truth that plain PyTorch
+shows in the same dtype, plus one rounding of the largest value. Plain PyTorch is the statement as
+three calls, as `addmm`, and with the big product added last: for a single token their sums run in
+quite different orders, and each is as right as the others.
 
 With dropout each contender draws its own mask. It is recovered from what the contender does: with
 ``W = 0`` and positive dy, A and B, dx is zero exactly where an element was dropped. The same draw
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.closeness import ROUNDING, distance
+from lora_kernels.proof import ROUNDING, distance
 
 from .contenders import SCALE, Inputs, Step, Unavailable, make_inputs
 from .shapes import Problem

@@ -10,7 +10,7 @@ three with ``--minutes 9`` do it: ``--stages environment,large,tests,check``, th
 - ``run.json``: the machine, and each stage's command, exit status and seconds, anew after each;
 - ``run.log``: what the stages printed;
 - ``benchmarks.json``: the suites' rows so far, as `python -m benchmarks.report` reads them;
-- ``tuning.json`` and ``tuning.txt``: rows to paste into `lora_kernels.tuning`;
+- ``tuning.json`` and ``tuning.txt``: rows to paste into `lora_kernels.kernels.tuning`;
 - ``report.md`` and its plots.
 
 The exit status is 0 where every stage that ran succeeded.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from lora_kernels import dispatch
+from lora_kernels.dispatch import choose
 
 
 class Linear(NamedTuple):
@@ -85,7 +85,7 @@ def linear_problems(device: str, full: bool) -> list[Problem]:
 
 def slow_in_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 so slowly that full sizes would take minutes each."""
-    return dispatch.choose(torch.zeros(1, dtype=torch.bfloat16)).widened
+    return choose(torch.zeros(1, dtype=torch.bfloat16)).widened
 
 
 def _slow_problems() -> Iterator[Problem]:

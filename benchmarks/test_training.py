@@ -18,8 +18,7 @@ from benchmarks.walkthrough import WalkThrough
 from lora_kernels import apply_lora, lora_parameters, mark_only_lora_as_trainable
 from minimind import LMConfig, MiniMindLM, SFTDataset, load_tokenizer
 from minimind.data import find_data, read_conversations
-from minimind.settings import TrainingConfig
-from minimind.training import Trainer, best_dtype
+from minimind.training import Trainer, TrainingConfig, best_dtype
 
 RIVAL = "walk-through"
 CONTENDERS = (RIVAL, "ours, float32", "ours")

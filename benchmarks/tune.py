@@ -1,4 +1,4 @@
-"""Find block sizes for `lora_kernels.tuning` on the GPU at hand.
+"""Find block sizes for `lora_kernels.kernels.tuning` on the GPU at hand.
 
 ``python -m benchmarks.tune --minutes 5 --kernel gemm --kernel xa`` times every candidate that
 compiles and computes the right thing, in turn with the table's present choice, and prints rows to
@@ -26,11 +26,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lora_kernels import resources, tuning
-from lora_kernels.cases import Case, Tensors
-from lora_kernels.tiles import Launch, recording
-from lora_kernels.tuning import KERNELS, Config, Shape
-from lora_kernels.workers import Lost, processors, spread
+from lora_kernels.kernels import KERNELS, Config, Shape, candidates, lookup
+from lora_kernels.proof import Case, Lost, Tensors, launches_of, processors, source_of, spread
 
 from . import machine, measure
 from .gate import GateError, compare
@@ -117,10 +114,10 @@ def listed(
 ) -> list[Case]:
     """The present config and every candidate; nothing for a kernel that this GPU has no use for."""
     try:
-        present = tuning.lookup(kernel, capability, dtype.itemsize, shape)
+        present = lookup(kernel, capability, dtype.itemsize, shape)
     except LookupError:
         return []
-    configs = dict.fromkeys((present, *tuning.candidates(kernel, capability, dtype.itemsize)))
+    configs = dict.fromkeys((present, *candidates(kernel, capability, dtype.itemsize)))
     return [Case(kernel, config, dtype, shape) for config in configs]
 
 
@@ -224,7 +221,7 @@ def compile_all(
     with at_most(seconds, "compiling"):
         for case in cases:
             launches = _launches(case, sms)
-            kernels = [(resources._source(one).hash(), one.options) for one in launches]
+            kernels = [(source_of(one).hash(), one.options) for one in launches]
             alike.setdefault(str(kernels), []).append(case)
         groups = list(alike.values())
         tasks = [(group[0], capability, sms) for group in groups]
@@ -253,10 +250,8 @@ def compile_case(task: tuple[Case, tuple[int, int], int]) -> None:
         launch.kernel.warmup(**launch.arguments, grid=(1,), **launch.options)
 
 
-def _launches(case: Case, sms: int) -> list[Launch]:
-    with recording(sms) as launches:
-        case.run(_on_meta(case.kernel, case.dtype, case.shape))
-    return launches
+def _launches(case: Case, sms: int) -> list[Any]:
+    return launches_of(case, _on_meta(case.kernel, case.dtype, case.shape), sms)
 
 
 @functools.cache

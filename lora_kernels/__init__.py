@@ -1,18 +1,20 @@
 """LoRA linears at nearly the cost of the frozen layer."""
 
 from .adapters.accelerate import PeftReport, accelerate_peft
-from .adapters.storage import AdapterMismatchError, load_lora, lora_state_dict, save_lora
+from .adapters.merging import merge_lora, merged_lora
+from .adapters.reading import AdapterMismatchError, holds_adapter, read_adapter
+from .adapters.storage import load_lora, lora_state_dict, save_lora
 from .adapters.surgery import (
     apply_lora,
     disable_lora,
+    lora_layers,
     lora_parameters,
     mark_only_lora_as_trainable,
-    merge_lora,
-    merged_lora,
     remove_lora,
 )
 from .config import LoRAConfig
 from .dispatch import explain, use_backend
+from .kernels.tuning import use_strategy
 from .linear.autograd import lora_linear
 from .linear.module import LoRA, LoRALinear
 
@@ -28,14 +30,18 @@ __all__ = [
     "apply_lora",
     "disable_lora",
     "explain",
+    "holds_adapter",
     "load_lora",
+    "lora_layers",
     "lora_linear",
     "lora_parameters",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge_lora",
     "merged_lora",
+    "read_adapter",
     "remove_lora",
     "save_lora",
     "use_backend",
+    "use_strategy",
 ]

@@ -17,7 +17,8 @@ from typing import Any, TextIO
 
 import torch
 
-from . import __version__, tuning
+from . import __version__
+from .kernels import tuning
 
 LAYERS = "layers"
 # Compute capability, and multiprocessors of the largest GPU that has it.

@@ -129,8 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     # Here and below: torch and transformers take seconds to import, `--help` should not.
-    from .prepare import UsageError
-    from .training import TrainingError
+    from .training.loop import TrainingError
+    from .training.prepare import UsageError
 
     try:
         options.run(options)
@@ -147,10 +147,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from .jobs import run
-    from .parallel import join
-    from .prepare import UsageError, prepare
-    from .training import TrainingError
+    from .training.jobs import run
+    from .training.loop import TrainingError
+    from .training.parallel import join
+    from .training.prepare import UsageError, prepare
 
     lora = options.command == "finetune"
     defaults = FINETUNE_DEFAULTS if lora else SFT_DEFAULTS
@@ -172,25 +172,25 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _chat(options: argparse.Namespace) -> None:
-    from .chat import chat
+    from .commands.chat import chat
 
     chat(options)
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from .commands import merge
+    from .commands.merge import merge
 
     merge(options)
 
 
 def _export(options: argparse.Namespace) -> None:
-    from .export import export
+    from .commands.export import export
 
     export(options)
 
 
 def _info(options: argparse.Namespace) -> None:
-    from .commands import info
+    from .commands.info import info
 
     info(options)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import tiny_cli
 import torch
+from places import ROOT
 from safetensors.torch import load_file
 from tiny_peft import SIZES
 
@@ -17,7 +17,6 @@ from lora_kernels import LoRALinear
 from minimind import MiniMindLM, load_tokenizer
 from minimind.cli import build_parser
 
-HERE = Path(__file__).parent.parent
 # A word that each example has and no other, in the order of the README.
 EXAMPLES = ["from_linear", "AdamW", "merged_lora", "LoraConfig", "PeftModel", "load_model"]
 
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 def blocks(language, file="README.md"):
-    text = (HERE / file).read_text(encoding="utf-8")
+    text = (ROOT / file).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 

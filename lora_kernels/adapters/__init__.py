@@ -1,1 +1,15 @@
 """Adapters as a whole: in a model, and on disk."""
+
+from .files import write_atomically
+from .sharding import cut_like, is_sharded, whole
+from .surgery import insert_lora
+from .targets import strip_wrappers
+
+__all__ = [
+    "cut_like",
+    "insert_lora",
+    "is_sharded",
+    "strip_wrappers",
+    "whole",
+    "write_atomically",
+]

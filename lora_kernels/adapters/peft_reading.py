@@ -1,43 +1,35 @@
-"""An adapter as PEFT's two files, written and read without PEFT.
+"""PEFT's two files of an adapter, read without PEFT.
 
 ``adapter_model.safetensors`` has the keys ``base_model.model.<module>.lora_A.weight [R, K]`` and
 ``.lora_B.weight [N, R]``; ``adapter_config.json`` alone knows alpha. The names of modules in
 ``rank_pattern`` and ``alpha_pattern`` are regular expressions, matched from a dot or the beginning
 to the end; a leading ``^`` leaves only the beginning, so that a name written here is one module's.
 
-What does not fit raises a plain ValueError, to which `storage` adds the path.
+What does not fit raises a plain ValueError, to which `reading` adds the path.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import reprlib
-import secrets
-import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
-import torch.nn.functional as F
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import LayerConfig, check_alpha, check_dropout, check_rank
-from ..linear.module import LoRALinear
-from .sharding import is_writer, whole
-from .surgery import strip_wrappers
+from .files import refuse_strange_file
+from .targets import strip_wrappers
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLE = "adapter_model.bin"
-_PREFIX = "base_model.model."
-_FACTORS = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
+PREFIX = "base_model.model."
+FACTORS = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
 
 # Fields of adapter_config.json that leave what a loaded adapter computes as it is: they say where
 # it came from, which modules were chosen (the tensors say that too), or how it was initialised.
@@ -73,83 +65,6 @@ _STRANGE_KEYS = {
 }
 
 
-def write_directory(
-    directory: Path, model: nn.Module, layers: Mapping[str, LoRALinear], fold_scale: bool = False
-) -> None:
-    """Write the adapter of ``model``, its LoRALinears by clean name, into ``directory``.
-
-    Both files appear or neither; whatever else is in the directory is left alone. Of a sharded
-    model every process gathers, and the first writes.
-
-    Raises:
-        ValueError: PEFT's format cannot say it, or the place is taken. Nothing is written then.
-    """
-    tensors, config = _contents(model, layers, fold_scale)
-    if not is_writer(layer.lora.A.weight for layer in layers.values()):
-        return
-    text = json.dumps(config, indent=2) + "\n"
-    _write_all(directory, {TENSORS: save(tensors, {"format": "pt"}), CONFIG: text.encode()})
-
-
-def _contents(
-    model: nn.Module, layers: Mapping[str, LoRALinear], fold_scale: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What the two files hold: the tensors, copied to the CPU, and the config."""
-    if "" in layers:
-        raise ValueError(
-            "model itself is a LoRALinear, for which PEFT's format has no name; put it into a "
-            "module first, or save to a .safetensors file"
-        )
-    configs = {name: layer.lora_config for name, layer in layers.items()}
-    dropout = _common("dropout", {name: layer.dropout for name, layer in configs.items()})
-    ranks = {name: layer.rank for name, layer in configs.items()}
-    factors = {name: (_copy(layer.lora.A), _copy(layer.lora.B)) for name, layer in layers.items()}
-    if fold_scale:
-        widest, use_rslora = max(ranks.values()), False
-        factors = {
-            name: _folded(name, *factors[name], configs[name].scale, widest) for name in layers
-        }
-        ranks = dict.fromkeys(layers, widest)
-        alphas: dict[str, float] = dict.fromkeys(layers, widest)
-    else:
-        # Without alpha the scale is 1, with rsLoRA and without.
-        scaled = {n: c.use_rslora for n, c in configs.items() if c.alpha is not None}
-        use_rslora = _common("use_rslora", scaled) if scaled else False
-        alphas = {
-            n: (math.sqrt(c.rank) if use_rslora else c.rank) if c.alpha is None else c.alpha
-            for n, c in configs.items()
-        }
-    rank, rank_pattern = _default_and_pattern(ranks)
-    alpha, alpha_pattern = _default_and_pattern(
-        {n: int(a) if float(a).is_integer() else a for n, a in alphas.items()}
-    )
-    base = _innermost(model)
-    config = {
-        "peft_type": "LORA",
-        "task_type": _task_type(base),
-        "base_model_name_or_path": _base_name(base),
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "target_modules": sorted(layers),
-        "exclude_modules": _namesakes(model, layers),
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "use_rslora": use_rslora,
-        "use_dora": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "modules_to_save": None,
-    }
-    return {
-        _PREFIX + name + suffix: tensor
-        for name, pair in factors.items()
-        for suffix, tensor in zip(_FACTORS.values(), pair, strict=True)
-    }, config
-
-
 def read_directory(directory: Path) -> tuple[dict[str, Tensor], dict[str, LayerConfig]]:
     """The tensors, renamed ``<module>.lora.A.weight`` and so on, and each module's configuration.
 
@@ -170,7 +85,7 @@ def read_directory(directory: Path) -> tuple[dict[str, Tensor], dict[str, LayerC
     for name in (TENSORS, CONFIG):
         if name not in there:
             raise ValueError(f"{name} is missing, only {there[0]} is there; copy both files")
-        _refuse_strange_file(directory, name)
+        refuse_strange_file(directory, name)
     resolve = _resolver(_read_config(directory / CONFIG))
     state: dict[str, Tensor] = {}
     described: dict[str, LayerConfig] = {}
@@ -178,15 +93,15 @@ def read_directory(directory: Path) -> tuple[dict[str, Tensor], dict[str, LayerC
     content = _read_tensors(directory / TENSORS)
     for key, tensor in content.items():
         # A prefix may stand before PEFT's own, too, if the wrapped model was saved.
-        head, prefix, rest = key.partition(_PREFIX)
-        factor = next((f for f, suffix in _FACTORS.items() if rest.endswith(suffix)), None)
-        name = rest.removesuffix(_FACTORS[factor]) if factor else ""
+        head, prefix, rest = key.partition(PREFIX)
+        factor = next((f for f, suffix in FACTORS.items() if rest.endswith(suffix)), None)
+        name = rest.removesuffix(FACTORS[factor]) if factor else ""
         if not name or strip_wrappers(head):
             kind = next((k for part, k in _STRANGE_KEYS.items() if part in key), None)
-            wanted = f"this is {kind}" if kind else f"keys are {_PREFIX}<module>.lora_A.weight, B"
+            wanted = f"this is {kind}" if kind else f"keys are {PREFIX}<module>.lora_A.weight, B"
             problems.append(f"unexpected key {key!r} ({wanted})")
             continue
-        other = _FACTORS["B" if factor == "A" else "A"]
+        other = FACTORS["B" if factor == "A" else "A"]
         if f"{head}{prefix}{name}{other}" not in content:
             problems.append(f"missing key {head}{prefix}{name}{other}")
         layer = resolve(name)
@@ -277,127 +192,3 @@ def _resolver(config: Mapping[str, Any]) -> Callable[[str], LayerConfig]:
         rank=first("rank_pattern", name, default.rank),
         alpha=first("alpha_pattern", name, default.alpha),
     )
-
-
-def _refuse_strange_file(directory: Path, name: str) -> None:
-    try:
-        target = (directory / name).resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{name} is a link that leads nowhere: {error}") from None
-    if not target.is_relative_to(directory.resolve()):
-        raise ValueError(
-            f"{name} is a link to {target}, outside the directory, and is not followed; "
-            "copy the file itself there (of a download cache, make a real copy)"
-        )
-    if not target.is_file():
-        raise ValueError(f"{name} is not a file")
-
-
-def _common(field: str, values: Mapping[str, Any]) -> Any:
-    """The one value that all have, or an error that names who has which."""
-    if len(set(values.values())) > 1:
-        groups: dict[Any, list[str]] = {}
-        for name, value in values.items():
-            groups.setdefault(value, []).append(name)
-        listed = "; ".join(f"{value} on {', '.join(names)}" for value, names in groups.items())
-        fold = " with fold_scale=True, or" if field == "use_rslora" else ""
-        raise ValueError(
-            f"PEFT's format has one {field} for all modules, the model has {listed}; "
-            f"save{fold} to a .safetensors file, which keeps each"
-        )
-    return next(iter(values.values()))
-
-
-def _default_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The commonest value, and the names that have another, longest name first."""
-    default = Counter(values.values()).most_common(1)[0][0]
-    others = sorted((n for n in values if values[n] != default), key=lambda n: (-len(n), n))
-    return default, {f"^{re.escape(name)}": values[name] for name in others}
-
-
-def _copy(factor: nn.Linear) -> Tensor:
-    weight = whole(factor.weight.detach())
-    return weight.cpu().clone(memory_format=torch.contiguous_format)
-
-
-def _folded(name: str, a: Tensor, b: Tensor, scale: float, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of rank ``rank`` whose product is ``scale·B·A``: the rest is zeros."""
-    wide = torch.promote_types(b.dtype, torch.float32)
-    scaled = (b.to(wide) * scale).to(b.dtype)
-    if not torch.isfinite(scaled).all():
-        raise ValueError(
-            f"fold_scale: {scale:g} times B of {name!r} is not finite in {b.dtype}; "
-            "save without fold_scale"
-        )
-    missing = rank - a.shape[0]
-    return F.pad(a, (0, 0, 0, missing)), F.pad(scaled, (0, missing))
-
-
-def _innermost(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers that leave names alone."""
-    return [module for name, module in model.named_modules() if not strip_wrappers(name)][-1]
-
-
-def _task_type(base: nn.Module) -> str | None:
-    if not callable(getattr(base, "prepare_inputs_for_generation", None)):
-        return None
-    two_parts = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    return "SEQ_2_SEQ_LM" if two_parts else "CAUSAL_LM"
-
-
-def _base_name(base: nn.Module) -> str | None:
-    name = getattr(getattr(base, "config", None), "name_or_path", None)
-    return name if isinstance(name, str) and name else None
-
-
-def _namesakes(model: nn.Module, layers: Iterable[str]) -> str | None:
-    """A regular expression for the modules whose names merely end in an adapted one's."""
-    own = {f"{name}{inner}" for name in layers for inner in ("", ".lora", ".lora.A", ".lora.B")}
-    endings = tuple(f".{name}" for name in layers)
-    names = {strip_wrappers(name) for name, _ in model.named_modules()} - own
-    return "|".join(re.escape(n) for n in sorted(names) if n.endswith(endings)) or None
-
-
-def _write_all(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write the files so that all appear or none, in this order."""
-    for name in files:
-        if (directory / name).is_dir():
-            raise ValueError(f"{directory / name} is a directory; choose another path")
-    fresh = not directory.exists()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    stage = (directory.parent if fresh else directory) / f".{directory.name}.{secrets.token_hex(8)}"
-    stage.mkdir()
-    try:
-        for name, content in files.items():
-            with open(stage / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        if fresh:
-            stage.rename(directory)
-        else:
-            _swap(stage, directory, list(files))
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _swap(stage: Path, directory: Path, names: list[str]) -> None:
-    """Move ``names`` from ``stage`` into ``directory``, or put everything back as it was.
-
-    The old files leave first, and the config is the first to leave and the last to come: if the
-    machine stops meanwhile, one is missing, and what is there cannot be taken for an adapter.
-    """
-    moves = [
-        (directory / name, stage / f"old-{name}")
-        for name in reversed(names)
-        if os.path.lexists(directory / name)
-    ] + [(stage / name, directory / name) for name in names]
-    done: list[tuple[Path, Path]] = []
-    try:
-        for source, target in moves:
-            os.replace(source, target)
-            done.append((source, target))
-    except BaseException:
-        for source, target in reversed(done):
-            os.replace(target, source)
-        raise

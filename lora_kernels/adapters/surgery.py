@@ -1,4 +1,4 @@
-"""Put LoRA into a model, merge it, switch it off, take it out.
+"""Put LoRA into a model, switch it off, take it out.
 
 Everything is checked before the first module is touched: a call that raises leaves the model as
 it was.
@@ -6,25 +6,15 @@ it was.
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..config import LayerConfig, LoRAConfig, ends_in
-from ..linear.module import ACTIVE, DISABLED, MERGED, LoRALinear
+from ..config import LayerConfig, LoRAConfig
+from ..linear.module import DISABLED, MERGED, LoRALinear
 from .sharding import refuse_sharded, reshard
-
-# Wrappers put these into module names; adapters are the same with and without them.
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-
-def strip_wrappers(name: str) -> str:
-    """``name`` without the parts that DDP, compile, FSDP and checkpoint wrappers add."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+from .targets import find_targets, refuse_second_application, strip_wrappers
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -91,61 +81,6 @@ def apply_lora(
     return names
 
 
-def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Names of the modules that ``config`` targets in ``model``, in module order.
-
-    Raises:
-        ValueError, TypeError: as `apply_lora`.
-    """
-    modules = dict(model.named_modules())
-    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
-    target = config.target_modules
-    if target is None:
-        found = [
-            name
-            for name, m in linears.items()
-            if type(m) is nn.Linear and m.in_features == m.out_features
-        ]
-        wish = "a square linear (in_features == out_features)"
-    elif target == "all-linear":
-        head = _output_head(model)
-        found = [
-            name
-            for name, m in linears.items()
-            if type(m) is nn.Linear and m is not head and not _is_head_name(name)
-        ]
-        wish = "an nn.Linear"
-    elif isinstance(target, str):
-        found = [name for name in linears if re.fullmatch(target, strip_wrappers(name))]
-        wish = f"the regular expression {target!r} as a whole (for an ending, pass a list)"
-    else:
-        for suffix in target:
-            if not any(_ends_in(name, suffix) for name in modules):
-                if bare := [n for n, _ in model.named_parameters() if _ends_in(n, suffix)]:
-                    raise ValueError(
-                        f"the target {suffix!r} is no module: {bare[0]!r} is a parameter by "
-                        "itself, as fused experts are; only an nn.Linear can be adapted"
-                    )
-                raise ValueError(_no_match(f"the target {suffix!r}", suffix, linears))
-        found = [name for name in modules if any(_ends_in(name, suffix) for suffix in target)]
-        wish = f"any of {list(target)}"
-    _refuse_second_application(modules)
-    excluded = config.exclude_modules
-    if isinstance(excluded, str):
-        kept = [name for name in found if not re.fullmatch(excluded, strip_wrappers(name))]
-    else:
-        kept = [n for n in found if not any(_ends_in(n, suffix) for suffix in excluded or ())]
-    if not kept:
-        if found:
-            raise ValueError(f"exclude_modules leaves none of the {len(found)} modules targeted")
-        raise ValueError(_no_match(wish, target if isinstance(target, str) else "", linears))
-    for argument in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, argument):
-            if not any(ends_in(key, strip_wrappers(name)) for name in kept):
-                raise ValueError(f"{argument} has {key!r}, which matches no adapted module: {kept}")
-    return kept
-
-
 def insert_lora(model: nn.Module, layers: Mapping[str, LayerConfig]) -> None:
     """Replace each named module of ``model`` by a LoRALinear of that configuration.
 
@@ -154,8 +89,8 @@ def insert_lora(model: nn.Module, layers: Mapping[str, LayerConfig]) -> None:
     """
     reshard(model)
     modules = dict(model.named_modules())
-    _refuse_second_application(modules)
-    owners = _parameter_owners(model)
+    refuse_second_application(modules)
+    owners = parameter_owners(model)
     for name in layers:
         module = modules[name]
         if module is model:
@@ -193,61 +128,7 @@ def insert_lora(model: nn.Module, layers: Mapping[str, LayerConfig]) -> None:
             )
         except TypeError as error:
             raise TypeError(f"target {name!r}: {error}") from None
-    _replace(model, made)
-
-
-def merge_lora(model: nn.Module) -> list[str]:
-    """Fold ``scale·B·A`` into each weight, in place, and leave plain ``nn.Linear`` modules.
-
-    The sum is taken in float32 (or wider) and rounded once into the weight's dtype.
-
-    Returns:
-        The names of the merged modules.
-
-    Raises:
-        ValueError: the model carries no LoRA, is inside `merged_lora` or `disable_lora`, a merged
-            weight would not be finite in its dtype, or a weight is tied, sharded or on the meta
-            device. Nothing is changed then.
-    """
-    layers = _mergeable(model)
-    _refuse_root(model)
-    for name, layer in layers.items():
-        # All are known to be good before the first is written, without a second copy of each.
-        _refuse_unmergeable(name, layer)
-    with torch.no_grad():
-        for layer in layers.values():
-            layer.weight.copy_(_merged_weight(layer))
-    _replace(model, {id(layer): layer.to_linear() for layer in layers.values()})
-    return list(layers)
-
-
-@contextmanager
-def merged_lora(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` with the adapter folded in for the length of the ``with``.
-
-    Afterwards the weights have the very same bits as before: a copy of each adapted weight is
-    held meanwhile. A and B do not get gradients inside.
-
-    Raises:
-        ValueError: as `merge_lora`.
-    """
-    named = _mergeable(model)
-    layers = list(named.values())
-    backup: list[Tensor] = []
-    try:
-        with torch.no_grad():
-            for name, layer in named.items():
-                _refuse_unmergeable(name, layer)
-                merged = _merged_weight(layer)
-                backup.append(layer.weight.detach().clone())
-                layer.weight.copy_(merged)
-                layer._lora_state = MERGED
-        yield
-    finally:
-        with torch.no_grad():
-            for layer, weight in zip(layers, backup, strict=False):
-                layer.weight.copy_(weight)
-                layer._lora_state = ACTIVE
+    replace_modules(model, made)
 
 
 @contextmanager
@@ -257,7 +138,7 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model carries no LoRA or is inside `merged_lora`.
     """
-    layers = list(_require_lora(model, "disable_lora").values())
+    layers = list(require_lora(model, "disable_lora").values())
     if any(layer._lora_state == MERGED for layer in layers):
         raise ValueError("disable_lora inside merged_lora; leave the merged_lora block first")
     before = [layer._lora_state for layer in layers]
@@ -279,12 +160,12 @@ def remove_lora(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the model carries no LoRA, is inside `merged_lora`, or is sharded.
     """
-    layers = _require_lora(model, "remove_lora")
-    _refuse_root(model)
+    layers = require_lora(model, "remove_lora")
+    refuse_root(model)
     if any(layer._lora_state == MERGED for layer in layers.values()):
         raise ValueError("remove_lora inside merged_lora; leave the merged_lora block first")
-    _refuse_sharded(model, layers)
-    _replace(model, {id(layer): layer.to_linear() for layer in layers.values()})
+    refuse_sharded_layers(model, layers)
+    replace_modules(model, {id(layer): layer.to_linear() for layer in layers.values()})
     return list(layers)
 
 
@@ -305,67 +186,25 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         ValueError: the model carries no LoRA.
     """
-    layers = _require_lora(model, "lora_parameters")
+    layers = require_lora(model, "lora_parameters")
     reshard(model)
     return [p for layer in layers.values() for p in layer.lora.parameters()]
 
 
-def _require_lora(model: nn.Module, caller: str) -> dict[str, LoRALinear]:
+def require_lora(model: nn.Module, caller: str) -> dict[str, LoRALinear]:
     layers = lora_layers(model)
     if not layers:
         raise ValueError(f"{caller}: model has no LoRALinear; call apply_lora or load_lora first")
     return layers
 
 
-def _mergeable(model: nn.Module) -> dict[str, LoRALinear]:
-    layers = _require_lora(model, "merge")
-    _refuse_sharded(model, layers)
-    owners = _parameter_owners(model)
-    for name, layer in layers.items():
-        if layer._lora_state != ACTIVE:
-            raise ValueError(
-                f"cannot merge {name!r}: its adapter is {layer._lora_state}; leave the "
-                "merged_lora or disable_lora block first"
-            )
-        if len(owners[id(layer.weight)]) > 1:
-            raise ValueError(
-                f"cannot merge {name!r}: its weight is tied, held by {owners[id(layer.weight)]}"
-            )
-    return layers
-
-
-def _refuse_unmergeable(name: str, layer: LoRALinear) -> None:
-    if layer.weight.is_meta:
-        raise ValueError(f"cannot merge {name!r}: its weight is on the meta device; load it first")
-    if 0 in layer.weight.stride():
-        raise ValueError(f"cannot merge {name!r}: its weight is an expanded view; clone it first")
-    if not _surely_finite(layer) and not torch.isfinite(_merged_weight(layer)).all():
-        raise ValueError(f"cannot merge {name!r}: the sum would hold NaN or infinity")
-
-
-def _surely_finite(layer: LoRALinear) -> bool:
-    """Whether the largest values of the weight, A and B leave the sum no room to overflow."""
-    operands = [t.detach() for t in (layer.weight, layer.lora.A.weight, layer.lora.B.weight)]
-    if not all(t.numel() for t in operands):
-        return False
-    weight, a, b = (max(map(abs, torch.stack(t.aminmax()).tolist())) for t in operands)
-    bound = weight + max(1.0, abs(layer.scale)) * layer.rank * a * b  # NaN if there is one anywhere
-    return bound < 0.99 * min(torch.finfo(t.dtype).max for t in operands)
-
-
-def _merged_weight(layer: LoRALinear) -> Tensor:
-    """The weight with the branch folded in: summed in the widest of the dtypes, rounded once."""
-    weight = layer.weight.detach()
-    return (layer.delta_weight() + weight).to(weight.dtype)
-
-
-def _refuse_sharded(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+def refuse_sharded_layers(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
     reshard(model)
     for name, layer in layers.items():
         refuse_sharded(name, layer.weight, "save_lora, and load_lora into a model that is not")
 
 
-def _refuse_root(model: nn.Module) -> None:
+def refuse_root(model: nn.Module) -> None:
     if isinstance(model, LoRALinear):
         raise ValueError(
             "model itself is a LoRALinear and cannot be replaced from inside; put it into a "
@@ -373,7 +212,7 @@ def _refuse_root(model: nn.Module) -> None:
         )
 
 
-def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
     """Put ``new[id(old)]`` wherever old is a child, under every name it has."""
     for parent in list(model.modules()):
         for attribute, child in parent._modules.items():
@@ -381,7 +220,7 @@ def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
                 parent._modules[attribute] = new[id(child)]
 
 
-def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     """Names of the modules that hold each parameter, by the parameter's id."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -389,34 +228,3 @@ def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
     return owners
-
-
-def _refuse_second_application(modules: Mapping[str, nn.Module]) -> None:
-    for name, module in modules.items():
-        if isinstance(module, LoRALinear):
-            raise ValueError(
-                f"model carries LoRA already (on {name!r}); call merge_lora or remove_lora first"
-            )
-
-
-def _ends_in(name: str, suffix: str) -> bool:
-    clean = strip_wrappers(name)
-    return suffix in (name, clean) or clean.endswith("." + suffix)
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return head if isinstance(head, nn.Module) else None
-
-
-def _is_head_name(name: str) -> bool:
-    clean = strip_wrappers(name)
-    return clean == "output" or clean.rpartition(".")[2] == "lm_head"
-
-
-def _no_match(wish: str, word: str, linears: Mapping[str, nn.Module]) -> str:
-    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in linears if name))
-    close = difflib.get_close_matches(word.rpartition(".")[2], endings, n=3, cutoff=0.5)
-    hint = f"did you mean {close}?" if close else f"its linears end in {endings[:20]}"
-    return f"no module of the model matches {wish}; {hint if endings else 'it has no linears'}"

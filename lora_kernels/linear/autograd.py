@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 
 from ..config import check_dropout
 from ..dispatch import choose
-from ..dropout import draw_keep_mask, draw_seed
+from ..kernels.dropout import draw_keep_mask, draw_seed
 from . import ops, reference  # noqa: F401  ops registers torch.ops.lora_kernels
 
 

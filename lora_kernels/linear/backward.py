@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tuning
-from ..tiles import (
+from ..kernels import tuning
+from ..kernels.gemm import expand, hopper_gemm, pointer_gemm, suits_tma
+from ..kernels.partials import Partial, chunks, slabs_like, sum_partials
+from ..kernels.thin import compute_da, compute_db
+from ..kernels.tiles import (
     TRITON_DTYPES,
     block_of,
     cast,
@@ -24,12 +27,9 @@ from ..tiles import (
     precision,
     rank_by_8,
 )
-from ..tuning import Config, Shape
+from ..kernels.tuning import Config, Shape
 from . import reference
-from .gemm import expand, hopper_gemm, pointer_gemm, suits_tma
-from .partials import Partial, chunks, slabs_like, sum_partials
 from .reference import Grads, Needs
-from .thin import compute_da, compute_db
 
 # Above this rank the passes for dxa, db and da are matrix products worth cuBLAS's while.
 _SKINNY_RANK = 128

@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tuning
-from ..dropout import keep_threshold
-from ..tiles import (
+from ..kernels import tuning
+from ..kernels.dropout import keep_threshold
+from ..kernels.gemm import expand, hopper_gemm, pointer_gemm, suits_tma
+from ..kernels.partials import Partial, chunks, slabs_like, sum_partials
+from ..kernels.tiles import (
     TRITON_DTYPES,
     block_of,
     cast,
@@ -26,10 +28,8 @@ from ..tiles import (
     num_sms,
     precision,
 )
-from ..tuning import Config, Shape
+from ..kernels.tuning import Config, Shape
 from . import reference
-from .gemm import expand, hopper_gemm, pointer_gemm, suits_tma
-from .partials import Partial, chunks, slabs_like, sum_partials
 
 
 @triton.jit(do_not_specialize=["STEPS", "threshold"])

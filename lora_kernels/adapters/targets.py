@@ -1,0 +1,106 @@
+"""Which modules of a model a `LoRAConfig` means."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..config import LoRAConfig, ends_in
+from ..linear.module import LoRALinear
+
+# Wrappers put these into module names; adapters are the same with and without them.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def strip_wrappers(name: str) -> str:
+    """``name`` without the parts that DDP, compile, FSDP and checkpoint wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Names of the modules that ``config`` targets in ``model``, in module order.
+
+    Raises:
+        ValueError, TypeError: as `apply_lora`.
+    """
+    modules = dict(model.named_modules())
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
+    target = config.target_modules
+    if target is None:
+        found = [
+            name
+            for name, m in linears.items()
+            if type(m) is nn.Linear and m.in_features == m.out_features
+        ]
+        wish = "a square linear (in_features == out_features)"
+    elif target == "all-linear":
+        head = _output_head(model)
+        found = [
+            name
+            for name, m in linears.items()
+            if type(m) is nn.Linear and m is not head and not _is_head_name(name)
+        ]
+        wish = "an nn.Linear"
+    elif isinstance(target, str):
+        found = [name for name in linears if re.fullmatch(target, strip_wrappers(name))]
+        wish = f"the regular expression {target!r} as a whole (for an ending, pass a list)"
+    else:
+        for suffix in target:
+            if not any(_ends_in(name, suffix) for name in modules):
+                if bare := [n for n, _ in model.named_parameters() if _ends_in(n, suffix)]:
+                    raise ValueError(
+                        f"the target {suffix!r} is no module: {bare[0]!r} is a parameter by "
+                        "itself, as fused experts are; only an nn.Linear can be adapted"
+                    )
+                raise ValueError(_no_match(f"the target {suffix!r}", suffix, linears))
+        found = [name for name in modules if any(_ends_in(name, suffix) for suffix in target)]
+        wish = f"any of {list(target)}"
+    refuse_second_application(modules)
+    excluded = config.exclude_modules
+    if isinstance(excluded, str):
+        kept = [name for name in found if not re.fullmatch(excluded, strip_wrappers(name))]
+    else:
+        kept = [n for n in found if not any(_ends_in(n, suffix) for suffix in excluded or ())]
+    if not kept:
+        if found:
+            raise ValueError(f"exclude_modules leaves none of the {len(found)} modules targeted")
+        raise ValueError(_no_match(wish, target if isinstance(target, str) else "", linears))
+    for argument in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, argument):
+            if not any(ends_in(key, strip_wrappers(name)) for name in kept):
+                raise ValueError(f"{argument} has {key!r}, which matches no adapted module: {kept}")
+    return kept
+
+
+def refuse_second_application(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        if isinstance(module, LoRALinear):
+            raise ValueError(
+                f"model carries LoRA already (on {name!r}); call merge_lora or remove_lora first"
+            )
+
+
+def _ends_in(name: str, suffix: str) -> bool:
+    clean = strip_wrappers(name)
+    return suffix in (name, clean) or clean.endswith("." + suffix)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _is_head_name(name: str) -> bool:
+    clean = strip_wrappers(name)
+    return clean == "output" or clean.rpartition(".")[2] == "lm_head"
+
+
+def _no_match(wish: str, word: str, linears: Mapping[str, nn.Module]) -> str:
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in linears if name))
+    close = difflib.get_close_matches(word.rpartition(".")[2], endings, n=3, cutoff=0.5)
+    hint = f"did you mean {close}?" if close else f"its linears end in {endings[:20]}"
+    return f"no module of the model matches {wish}; {hint if endings else 'it has no linears'}"

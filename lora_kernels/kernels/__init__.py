@@ -1,0 +1,14 @@
+"""What every layer is built of: tiles, matrix products, ordered sums, the mask, the table."""
+
+from .tuning import KERNELS, STRATEGIES, Config, Shape, candidates, lookup, strategy, use_strategy
+
+__all__ = [
+    "KERNELS",
+    "STRATEGIES",
+    "Config",
+    "Shape",
+    "candidates",
+    "lookup",
+    "strategy",
+    "use_strategy",
+]

@@ -1,0 +1,393 @@
+"""Read and write MiniMind's weights: whole, checked, or not at all.
+
+A file's era is told from the names and shapes of its tensors (`minimind.eras`); a configuration
+that lies with it is read in whichever words it is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora_kernels import AdapterMismatchError, load_lora, read_adapter
+from lora_kernels.adapters import strip_wrappers, write_atomically
+
+from .config import LMConfig
+from .eras import (
+    ERAS,
+    CheckpointError,
+    adapter_eras,
+    file_arguments,
+    infer_arguments,
+    recognise_era,
+    some,
+)
+from .transformer import MiniMindLM
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+_PICKLED_WEIGHTS_NAME = "pytorch_model.bin"  # of transformers directories, before safetensors
+
+_DERIVED = re.compile(r"(^|\.)(pos_cis|freqs_cos|freqs_sin|inv_freq|mask|causal_mask)$")
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    config: LMConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> MiniMindLM:
+    """Build a model of any era from a weight file or a directory.
+
+    The era is told from the names and shapes alone. Every name, shape and value is checked before
+    the model exists. Prefixes that wrappers leave (``module.``, ``_orig_mod.``) are dropped, and so
+    are tables that old files carry but that are computed anew (``pos_cis``, masks). Nothing in a
+    file is executed.
+
+    Args:
+        path: ``.pth``, ``.pt``, ``.bin`` or ``.safetensors`` file, or a directory with
+            ``model.safetensors`` or ``pytorch_model.bin``: what `save_model` or ``save_pretrained``
+            wrote, of a MiniMind or of a Llama or Qwen3 that one was made into.
+        config: the sizes, as a configuration, a dictionary or the path of a JSON file; in the words
+            of `LMConfig`, or of the original's or transformers' ``config.json``. None looks beside
+            the weights for ``<stem>.config.json``, then ``config.json``, and failing both infers
+            the sizes from the shapes. Some leave no trace there: rotary base, norm epsilon, longest
+            sequence and experts per token take the era's usual values (`eras.untraceable` lists
+            them). So does the number of heads before 2026-03, 8 query and 2 key heads, where the
+            shapes allow it; where they do not, it is asked for.
+        dtype: of the model's weights; None is float32, whatever the file holds.
+
+    Returns:
+        The model on the CPU, in eval mode; ``model.config.era`` is its era.
+
+    Raises:
+        FileNotFoundError: no such weight or configuration file.
+        CheckpointError: unreadable, of no era or another than the configuration says, incomplete,
+            mis-shaped or not finite.
+    """
+    path = weights_path(path)
+    state = _read_tensors(path)
+    try:
+        era = recognise_era({name: tuple(tensor.shape) for name, tensor in state.items()})
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    lm_config, source = _find_config(config, path, state, era)
+    # Nothing is drawn or allocated for weights that are about to be replaced.
+    with torch.device("meta"):
+        model = MiniMindLM(lm_config)
+    tied = lm_config.tie_word_embeddings
+    if tied:
+        _complete_tied(state, _tied_names(era), path)
+    _check_names_and_shapes(state, model.state_dict(), path, source)
+    state = _converted(state, dtype or torch.float32, path)
+    model.load_state_dict(state, assign=True)
+    if tied:
+        _tie(model)
+    return model.eval()
+
+
+def load_adapter(model: MiniMindLM, path: str | os.PathLike[str]) -> list[str]:
+    """`lora_kernels.load_lora`, which says so if the adapter is of another era than the model.
+
+    Raises:
+        AdapterMismatchError, FileNotFoundError, ValueError: as `load_lora`.
+    """
+    try:
+        return load_lora(model, path)
+    except AdapterMismatchError:
+        eras = adapter_eras(read_adapter(path)[0])
+        if not eras or model.config.era in eras:
+            raise
+        raise AdapterMismatchError(
+            f"{path} is an adapter for a MiniMind of {' or '.join(eras)}, the base is of "
+            f"{model.config.era}, whose modules have other names; take the base that it was "
+            "trained on"
+        ) from None
+
+
+def save_model(
+    model: MiniMindLM, directory: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> None:
+    """Write ``config.json`` and ``model.safetensors``, each complete or not at all.
+
+    The directory can be read by :func:`load_model` and by ``MiniMindLM.from_pretrained``. The
+    tensor that embedding and head share is written once.
+
+    Args:
+        model: the model, without LoRA (merge it first).
+        directory: made if it does not exist.
+        dtype: of the written weights; None keeps each tensor's own.
+
+    Raises:
+        ValueError: the model's tensors are not those of its configuration.
+    """
+    with torch.device("meta"):
+        expected = MiniMindLM(model.config).state_dict()
+    state = model.state_dict()
+    if strangers := sorted(state.keys() ^ expected.keys()):
+        raise ValueError(
+            f"model must have the tensors of its configuration alone, got a difference in "
+            f"{some(strangers)}; merge or remove adapters and unwrap the model before saving"
+        )
+    embedding, head = _tied_names(model.config.era)
+    if state[embedding].data_ptr() == state[head].data_ptr():
+        del state[head]
+    state = {
+        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        for name, tensor in state.items()
+    }
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = state[embedding].dtype
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = config.to_json_string()
+    write_atomically(
+        folder / WEIGHTS_NAME, lambda temporary: save_file(state, temporary, {"format": "pt"})
+    )
+    write_atomically(
+        folder / CONFIG_NAME, lambda temporary: temporary.write_text(text, encoding="utf-8")
+    )
+
+
+def weights_path(path: str | os.PathLike[str]) -> Path:
+    """The weight file that ``path`` is or, as a directory, holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it is split into several, or a link that leads out of the directory.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for name in (WEIGHTS_NAME, _PICKLED_WEIGHTS_NAME):
+            if os.path.lexists(path / name):
+                refuse_escape(path, name)
+                return path / name
+        if split := next(path.glob("*.index.json"), None):
+            raise CheckpointError(
+                f"{path} holds weights in several files ({split.name}); save them as one, by "
+                "save_pretrained with a larger max_shard_size"
+            )
+        raise FileNotFoundError(
+            f"{path} has no {WEIGHTS_NAME}; give the weight file itself, or a directory that "
+            "save_model or save_pretrained wrote"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file at {path}; check the path")
+    return path
+
+
+def refuse_escape(directory: Path, name: str) -> None:
+    """Raise CheckpointError if ``name`` in ``directory`` is a link that leads out of it.
+
+    A link from a hub download's snapshot into the blobs beside it stays inside the download.
+    """
+    target, inside = (directory / name).resolve(), [directory.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parent.parent / "blobs")
+    if not any(target.is_relative_to(folder) for folder in inside):
+        raise CheckpointError(
+            f"{directory / name} is a link to {target}, outside the directory, and is not "
+            "followed; copy the file itself there"
+        )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file under their bare names, or CheckpointError."""
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path, device="cpu")
+        elif path.suffix in (".pth", ".pt", ".bin"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            raise CheckpointError(
+                f"{path}: expected a .pth, .pt, .bin or .safetensors file, got {path.suffix!r}; "
+                "rename the file after what it holds"
+            )
+    except CheckpointError:
+        raise
+    except Exception as error:  # the readers raise whatever a garbled byte leads them to
+        # torch's own words on a pickle advise to load it unsafely.
+        torch_says = isinstance(error, pickle.UnpicklingError) or not str(error)
+        detail = "no detail" if torch_says else str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} could not be read as plain tensors ({type(error).__name__}: {detail}); "
+            "the file is damaged, "
+            "incomplete or of another kind: fetch or save it again"
+        ) from error
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    ):
+        raise CheckpointError(
+            f"{path}: expected a dictionary of names and tensors, got {_describe(content)}; save "
+            "the model's state_dict() alone"
+        )
+    state: dict[str, Tensor] = {}
+    for name, tensor in content.items():
+        bare = strip_wrappers(name)
+        if _DERIVED.search(bare):
+            continue
+        if bare in state:
+            raise CheckpointError(
+                f"{path}: {bare} is there twice, once under a wrapper's prefix; save the unwrapped "
+                "model's state_dict()"
+            )
+        state[bare] = tensor
+    return state
+
+
+def config_beside(weights: Path) -> Path | None:
+    """The configuration file that lies beside a weight file, if one does."""
+    for name in (f"{weights.stem}.config.json", CONFIG_NAME):
+        if os.path.lexists(weights.with_name(name)):
+            refuse_escape(weights.parent, name)
+            return weights.with_name(name)
+    return None
+
+
+def _find_config(
+    config: Any, weights: Path, state: Mapping[str, Tensor], era: str
+) -> tuple[LMConfig, str]:
+    """The configuration and, for messages, where it came from."""
+    if isinstance(config, LMConfig):
+        if config.era != era:
+            raise CheckpointError(
+                f"{weights} holds weights of MiniMind {era}, the given configuration is of "
+                f"{config.era}; pass LMConfig(era={era!r}, ...)"
+            )
+        return config, "the given configuration"
+    if isinstance(config, Mapping):
+        source = "the given configuration"
+        return _config_from(config, source, state, era), source
+    if isinstance(config, (str, os.PathLike)):
+        return _read_config(Path(config), state, era), str(config)
+    if config is not None:
+        raise TypeError(
+            f"config must be an LMConfig, a dictionary, a path or None, got "
+            f"{type(config).__name__}; pass LMConfig(...)"
+        )
+    if beside := config_beside(weights):
+        return _read_config(beside, state, era), str(beside)
+    try:
+        arguments = infer_arguments(era, {n: tuple(t.shape) for n, t in state.items()})
+        inferred = LMConfig(**arguments, tie_word_embeddings=_looks_tied(state, era))
+    except ValueError as error:
+        raise CheckpointError(f"{weights}: {error}") from None
+    return inferred, "sizes inferred from the file's own shapes"
+
+
+def _read_config(path: Path, state: Mapping[str, Tensor], era: str) -> LMConfig:
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file at {path}; check the path")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not valid JSON ({error}); correct it or pass config as a dictionary"
+        ) from error
+    return _config_from(content, str(path), state, era)
+
+
+def _config_from(content: Any, source: str, state: Mapping[str, Tensor], era: str) -> LMConfig:
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{source}: expected a JSON object of LMConfig's arguments, got {_describe(content)}; "
+            'write it as {"dim": 512, "n_layers": 8}'
+        )
+    try:
+        arguments = file_arguments(content, era)
+        if "hidden_size" in content:  # words in which nothing said of tying has no one meaning
+            arguments.setdefault("tie_word_embeddings", _looks_tied(state, era))
+        return LMConfig(**arguments)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def _tied_names(era: str) -> tuple[str, str]:
+    """The names of the two tensors that are one where embedding and head are tied."""
+    names = ERAS[era].names
+    return names.path(f"{names.embedding}.weight"), f"{names.head}.weight"
+
+
+def _looks_tied(state: Mapping[str, Tensor], era: str) -> bool:
+    here = [state[name] for name in _tied_names(era) if name in state]
+    return len(here) < 2 or here[0].shape != here[1].shape or bool(_same(*here))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    # NaN differs from itself but has a message of its own.
+    return torch.equal(one.float().nan_to_num(), other.float().nan_to_num())
+
+
+def _tie(model: MiniMindLM) -> None:
+    head: Any = model.get_output_embeddings()
+    head.weight = model.get_input_embeddings().weight
+
+
+def _complete_tied(state: dict[str, Tensor], names: tuple[str, str], path: Path) -> None:
+    """Let the one tensor that the file has stand for both names; two must agree."""
+    here = [state[name] for name in names if name in state]
+    if len(here) == 2 and not _same(*here):
+        raise CheckpointError(
+            f"{path}: {' and '.join(names)} differ, expected one shared tensor; pass config "
+            "with tie_word_embeddings=False if they were trained apart"
+        )
+    if here:
+        state.update(dict.fromkeys(names, here[0]))
+
+
+def _check_names_and_shapes(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, source: str
+) -> None:
+    missing = [f"{name} {list(expected[name].shape)}" for name in expected if name not in state]
+    unexpected = [f"{name} {list(state[name].shape)}" for name in state if name not in expected]
+    misshaped = [
+        f"{name} expected {list(expected[name].shape)} found {list(state[name].shape)}"
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    groups = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
+    faults = [f"{kind}: {some(names)}" for kind, names in groups.items() if names]
+    if faults:
+        raise CheckpointError(
+            f"{path} does not fit {source}; {'; '.join(faults)}; pass the config that the weights "
+            "were trained with, or fetch the file again if it is incomplete"
+        )
+
+
+def _converted(state: Mapping[str, Tensor], dtype: torch.dtype, path: Path) -> dict[str, Tensor]:
+    """Own copies in ``dtype``; shared tensors are converted once, and every value is finite."""
+    copies: dict[int, Tensor] = {}
+    bad = []
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{path}: {name} must be floating point, got {tensor.dtype}; dequantise the "
+                "weights first"
+            )
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().to(dtype, copy=True).contiguous()
+            if not bool(torch.isfinite(copies[id(tensor)]).all()):
+                bad.append(name)
+    if bad:
+        raise CheckpointError(
+            f"{path}: NaN or infinite values as {dtype} in {some(bad)}; the training that wrote "
+            "them diverged or the dtype is too narrow: take an earlier checkpoint or a wider dtype"
+        )
+    return {name: copies[id(tensor)] for name, tensor in state.items()}
+
+
+def _describe(content: Any) -> str:
+    if isinstance(content, Mapping):
+        return f"a dictionary with {some([str(key) for key in content])}"
+    return f"a {type(content).__name__}"

@@ -1,0 +1,326 @@
+"""Read and check all that a run needs, before anything is written: options in, a `Job` out."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_kernels import (
+    apply_lora,
+    lora_parameters,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+)
+
+from ..data.sft import DATA_DIRECTORY, Conversation, SFTDataset, find_data, read_conversations
+from ..data.tokenizer import load_tokenizer
+from ..model.checkpoint import load_model
+from ..model.config import LMConfig
+from ..model.transformer import MiniMindLM
+from ..settings import Settings
+from .loop import DTYPES, Trainer, best_dtype
+from .parallel import ALONE, Processes
+
+BASE_DIRECTORY = Path(__file__).parents[1] / "assets" / "base"
+ADAPTER, RESUME, RUN = "adapter.safetensors", "resume.pt", "run.json"
+MOST_HELDOUT = 200
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message says why and what to do instead."""
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn the errors that bad input raises into UsageError; bugs elsewhere keep a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+@dataclass
+class Job:
+    """A run that is ready to start."""
+
+    settings: Settings
+    lora: bool
+    model: MiniMindLM
+    tokenizer: Any
+    train: SFTDataset
+    heldout: SFTDataset | None
+    base_heldout: SFTDataset | None
+    device: torch.device
+    dtype: torch.dtype
+    adapted: list[str]
+    trainer: Trainer
+    out: Path
+    resumed: dict[str, Any] | None
+    processes: Processes = ALONE
+
+    @property
+    def command(self) -> str:
+        """The subcommand that this is a run of."""
+        return "finetune" if self.lora else "sft"
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the GPU if torch sees one.
+
+    Raises:
+        ValueError: an unknown device, or one that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there are {torch.cuda.device_count()} CUDA GPUs, no {name!r}")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the hardware has it, else float32.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name == "auto":
+        return best_dtype(device)
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}; got {name!r}")
+    return DTYPES[name]
+
+
+def load_base(settings: Settings) -> tuple[MiniMindLM, Any]:
+    """The model to start from, in float32, and its tokenizer.
+
+    Raises:
+        ValueError, OSError: it cannot be read, or the tokenizer's ids exceed its vocabulary.
+    """
+    sizes = {"dim": settings.dim, "n_layers": settings.n_layers}
+    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    if settings.use_moe:
+        given["use_moe"] = True
+    path = None
+    if settings.base == "random":
+        torch.manual_seed(settings.seed)
+        model = MiniMindLM(LMConfig(**{"dim": 512, "n_layers": 2, **given}))
+    else:
+        path = BASE_DIRECTORY if settings.base is None else Path(settings.base)
+        model = load_model(path)
+        for name, wanted in given.items():
+            if getattr(model.config, name) != wanted:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {wanted} does not fit the base {path}, which has "
+                    f"{getattr(model.config, name)}; leave the option out, or use --base random"
+                )
+    folder = path.parent if path is not None and path.is_file() else path
+    own = folder is not None and (folder / "tokenizer.json").is_file()
+    if not own and settings.tokenizer is None and model.config.era != "2025-02":
+        raise ValueError(
+            f"there is no tokenizer.json beside the base {path}, a MiniMind of {model.config.era}, "
+            "and the shipped tokenizer is not its; name the directory of its own by --tokenizer"
+        )
+    tokenizer = load_tokenizer(settings.tokenizer or (folder if own else None))
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} entries, the model's vocabulary only "
+            f"{model.config.vocab_size}; use the tokenizer that belongs to the model (--tokenizer)"
+        )
+    return model, tokenizer
+
+
+def parse_targets(targets: str | None) -> list[str] | str | None:
+    """``--targets`` as `apply_lora` takes it: names and endings become a list."""
+    if targets is None or targets == "all-linear":
+        return targets
+    names = [name.strip() for name in targets.split(",")]
+    plain = all(name and name.replace(".", "").replace("_", "").isalnum() for name in names)
+    return names if plain else targets
+
+
+def split(data: str, seed: int) -> tuple[list[Conversation], list[Conversation]]:
+    """Training and held-out conversations of ``data``.
+
+    ``X.heldout.jsonl`` beside ``X.jsonl`` is the held-out split; without one, a tenth (at most
+    200) is drawn from the data, and none from fewer than 20.
+    """
+    path = find_data(data)
+    conversations = read_conversations(path)
+    beside = path.with_name(f"{path.stem}.heldout{path.suffix}")
+    if beside.is_file():
+        return conversations, read_conversations(beside)
+    answered = [
+        i for i, c in enumerate(conversations) if any(turn["role"] == "assistant" for turn in c)
+    ]
+    if len(answered) < 20:
+        return conversations, []
+    count = min(MOST_HELDOUT, len(answered) // 10)
+    out = set(random.Random(seed).sample(answered, count))
+    train = [c for i, c in enumerate(conversations) if i not in out]
+    return train, [conversations[i] for i in sorted(out)]
+
+
+def prepare(
+    settings: Settings, lora: bool, resume: str | None = None, processes: Processes = ALONE
+) -> Job:
+    """Read and check everything, put LoRA into the model, and make (or take up) the output.
+
+    Raises:
+        UsageError: something of the user's is wrong; nothing has been written then. Of several
+            processes, all raise it.
+    """
+    with user_errors():
+        with processes.together():
+            resumed = None
+            if resume is not None:
+                settings, resumed = _read_resume(Path(resume), lora)
+            elif settings.out is not None:
+                unused(settings.out)  # said at once, not after the model has been read
+            device = processes.place(choose_device(settings.device))
+            dtype = choose_dtype(settings.dtype, device)
+            training = settings.training()
+            processes.check(training.batch_size)
+            model, tokenizer = load_base(settings)
+            max_length = min(settings.max_length, model.config.max_seq_len)
+            train_set, heldout_set = split(settings.data, settings.seed)
+            train = SFTDataset(train_set, tokenizer, max_length, settings.data)
+            heldout = None
+            if heldout_set:
+                heldout = SFTDataset(
+                    heldout_set, tokenizer, max_length, f"the held-out split of {settings.data}"
+                )
+            base_heldout = None
+            if lora and settings.base is None and settings.data != "base":
+                others = read_conversations(DATA_DIRECTORY / "base.heldout.jsonl")
+                base_heldout = SFTDataset(others, tokenizer, max_length)
+            torch.manual_seed(settings.seed)
+            adapted: list[str] = []
+            if lora:
+                adapted = apply_lora(
+                    model,
+                    settings.rank,
+                    alpha=settings.alpha,
+                    dropout=settings.dropout,
+                    target_modules=parse_targets(settings.targets),
+                    verbose=False,
+                )
+                mark_only_lora_as_trainable(model)
+            if resumed is not None:
+                _take_up_weights(model, resumed["weights"], lora)
+            processes.seed(settings.seed)
+        if processes.several:
+            _same_everywhere(processes, [train, heldout, base_heldout])
+        spread = processes.spread(model, device)
+        with processes.together():
+            parameters = lora_parameters(model) if lora else list(model.parameters())
+            trainer = Trainer(spread, parameters, train, training, device, dtype, processes)
+            if resumed is not None:
+                with _resuming():
+                    trainer.load_state_dict(resumed["trainer"])
+            out = Path(resume) if resume is not None else None
+            if out is None and processes.first:
+                out = _claim_directory(settings)
+        out = processes.gather(out)[0]
+    assert out is not None
+    return Job(
+        settings, lora, model, tokenizer, train, heldout, base_heldout, device, dtype, adapted,
+        trainer, out, resumed, processes,
+    )  # fmt: skip
+
+
+def _same_everywhere(processes: Processes, datasets: list[SFTDataset | None]) -> None:
+    """Of several machines, each reads files of its own."""
+    prints = processes.gather([dataset and dataset.fingerprint() for dataset in datasets])
+    for rank, other in enumerate(prints):
+        if other != prints[0]:
+            raise ValueError(
+                f"process {rank} of {processes.size} reads other data, or another tokenizer, than "
+                "the first; give every machine the same files"
+            )
+
+
+def unused(path: str) -> Path:
+    """``path``, if nothing is there yet but perhaps an empty directory.
+
+    Raises:
+        ValueError: it is a file or a directory with something in it.
+    """
+    out = Path(path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "holds another run" if (out / RUN).exists() else "exists and is not empty"
+        raise ValueError(
+            f"the output directory {out} {what}; nothing was overwritten. Choose another --out"
+            + (", or go on with an unfinished run by --resume" if (out / RESUME).exists() else "")
+        )
+    return out
+
+
+def _claim_directory(settings: Settings) -> Path:
+    """``--out``, or the first ``out/NAME-N`` that nobody else has: made here, so it stays ours."""
+    if settings.out is not None:
+        out = unused(settings.out)
+        out.mkdir(parents=True, exist_ok=True)
+        return out
+    for number in itertools.count(1):
+        out = Path("out") / f"{Path(settings.data).stem}-{number}"
+        with contextlib.suppress(FileExistsError):
+            out.mkdir(parents=True)
+            break
+    return out
+
+
+def _take_up_weights(model: MiniMindLM, weights: dict[str, Any], lora: bool) -> None:
+    expected = lora_state_dict(model) if lora else model.state_dict()
+    with _resuming():
+        if weights.keys() != expected.keys():
+            raise ValueError("its weights are of other modules")
+        model.load_state_dict(weights, strict=not lora)
+
+
+@contextlib.contextmanager
+def _resuming() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"the run cannot be resumed: {error}") from error
+
+
+def _read_resume(directory: Path, lora: bool) -> tuple[Settings, dict[str, Any]]:
+    for name in (RUN, RESUME):
+        if not (directory / name).is_file():
+            finished = (directory / ADAPTER).exists() or (directory / "model.safetensors").exists()
+            raise ValueError(
+                f"{directory} has no {name}, there is nothing to resume"
+                + ("; that run is finished" if finished else "; check the path")
+            )
+    command = "finetune" if lora else "sft"
+    known = {f.name for f in fields(Settings)}
+    try:
+        run = json.loads((directory / RUN).read_text(encoding="utf-8"))
+        settings = Settings(**{k: v for k, v in run["settings"].items() if k in known})
+        state = torch.load(directory / RESUME, map_location="cpu", weights_only=True)
+        begun = run["command"]
+        state = {name: state[name] for name in ("weights", "trainer", "before")}
+    except Exception as error:  # torch.load raises anything at all on damaged files
+        raise ValueError(
+            f"the run in {directory} cannot be resumed, {RUN} or {RESUME} is damaged: {error!r}"
+        ) from None
+    if begun != command:
+        raise ValueError(f"{directory} holds a run of `minimind {begun}`; resume it with that")
+    return settings, state

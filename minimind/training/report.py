@@ -1,0 +1,207 @@
+"""What a run shows and writes: the progress bar, metrics.jsonl, before and after, loss.png."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from tqdm import tqdm
+
+from .loop import Progress
+
+METRICS, ANSWERS, PLOT = "metrics.jsonl", "answers.jsonl", "loss.png"
+SHOWN_ANSWERS = 6
+
+
+@dataclass(frozen=True)
+class Side:
+    """The model before or after training; None or empty where there was nothing to look at.
+
+    Losses are nats per supervised token. ``answers`` are to the held-out prompts, in order.
+    """
+
+    heldout_loss: float | None
+    base_heldout_loss: float | None
+    answers: list[str]
+
+
+class Report:
+    """The progress bar and the log of one run, as a context manager around its training.
+
+    Args:
+        out: directory of metrics.jsonl, which is appended to.
+        step, total_steps: where the run stands and ends.
+        log_interval: optimizer steps between records; a record holds the means of its interval.
+    """
+
+    def __init__(self, out: Path, step: int, total_steps: int, log_interval: int) -> None:
+        self.metrics = out / METRICS
+        self.log_interval = log_interval
+        self.pending: list[Progress] = []
+        self.bar = tqdm(
+            total=total_steps,
+            initial=step,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file wants few lines
+        )
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.flush()
+        self.bar.close()
+
+    def step(self, progress: Progress) -> None:
+        """Count one optimizer step; every ``log_interval`` of them make a record."""
+        self.pending.append(progress)
+        self.bar.update()
+        if progress.step % self.log_interval == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the steps since the last record as one."""
+        if not self.pending:
+            return
+        tokens = sum(p.tokens for p in self.pending)
+        seconds = sum(p.seconds for p in self.pending)
+        last = self.pending[-1]
+        row = {
+            "step": last.step,
+            "epoch": last.epoch,
+            "loss": _mean([p.loss for p in self.pending]),
+            "aux_loss": _mean([p.aux_loss for p in self.pending]),
+            "lr": last.lr,
+            "tokens_per_second": round(tokens / seconds, 1),
+        }
+        self.pending = []
+        append(self.metrics, row)
+        self.bar.set_postfix_str(
+            f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {tokens / seconds:,.0f} tokens/s"
+        )
+
+
+def program() -> str:
+    """What the user would have to type to run this command again: ``minimind``, or its path."""
+    called = Path(sys.argv[0])
+    if called.parts[-2:] == ("minimind", "__main__.py"):
+        return "python -m minimind"
+    found = shutil.which("minimind")
+    if called.name != "minimind" or (found and Path(found).resolve() == called.resolve()):
+        return "minimind"
+    return os.path.relpath(called)
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add one JSON line to ``path``."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; of steps that a resumed run did again, the later row.
+
+    A line that a dying run left unfinished is passed over.
+    """
+    rows: dict[Any, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows[row.get("step", row.get("event"))] = row
+    return sorted(rows.values(), key=lambda row: row.get("step", 0))
+
+
+def matches(answers: Sequence[str], expected: Sequence[str]) -> int:
+    """How many answers are the expected ones to the letter."""
+    return sum(a == e for a, e in zip(answers, expected, strict=True))
+
+
+def compare(before: Side, after: Side, prompts: Sequence[str], expected: Sequence[str]) -> str:
+    """Before and after, as text: losses, answers to the letter, and some answers in full."""
+    lines = []
+    for name, old, new in (
+        ("held-out loss", before.heldout_loss, after.heldout_loss),
+        ("base set's held-out loss", before.base_heldout_loss, after.base_heldout_loss),
+    ):
+        if old is not None and new is not None:
+            change = f"{100 * (new / old - 1):+.1f} %" if old else "from nothing"
+            lines.append(f"  {name:<26}{old:8.4f} -> {new:8.4f}   ({change})")
+    if prompts:
+        old_count, new_count = (matches(side.answers, expected) for side in (before, after))
+        lines.append(
+            f"  {'answered to the letter':<26}{old_count:8d} -> {new_count:8d}   "
+            f"(of {len(prompts)} held-out prompts)"
+        )
+        lines.append("")
+        shown = zip(prompts, before.answers, after.answers, strict=True)
+        for prompt, old_answer, new_answer in list(shown)[:SHOWN_ANSWERS]:
+            lines += [f"  > {prompt}", f"    before: {old_answer}", f"    after:  {new_answer}"]
+    return "\n".join(lines)
+
+
+def plot_loss(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw training loss and learning rate over steps, and the held-out loss at both ends."""
+    steps = [row for row in rows if "step" in row]
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(
+        [row["step"] for row in steps],
+        [row["loss"] for row in steps],
+        color="tab:blue",
+        marker="." if len(steps) < 30 else "",
+        label="training loss",
+    )
+    ends = [
+        (0 if row["event"] == "before" else steps[-1]["step"], row)
+        for row in rows
+        if row.get("event") in ("before", "after") and steps
+    ]
+    for key, label, color in (
+        ("heldout_loss", "held-out loss", "tab:orange"),
+        ("base_heldout_loss", "base set's held-out loss", "tab:green"),
+    ):
+        points = [(x, row[key]) for x, row in ends if row.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", color=color, label=label, zorder=3)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", yscale="log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_title(title, parse_math=False)  # a file name may hold dollar signs
+    axes.grid(alpha=0.3)
+    rates = axes.twinx()
+    rates.plot(
+        [row["step"] for row in steps],
+        [row["lr"] for row in steps],
+        color="tab:gray",
+        linewidth=1,
+        linestyle=":",
+        label="learning rate",
+    )
+    rates.set(ylabel="learning rate", ylim=(0, None))
+    handles = [h for a in (axes, rates) for h in a.get_legend_handles_labels()[0]]
+    axes.legend(handles=handles, loc="upper right", framealpha=0.9)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

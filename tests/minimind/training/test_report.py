@@ -1,0 +1,254 @@
+"""What a run writes: metrics, the comparison as text, the plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+
+import pytest
+
+import minimind.training.report as module
+from minimind.training.loop import Progress
+from minimind.training.report import (
+    Report,
+    Side,
+    append,
+    compare,
+    matches,
+    plot_loss,
+    program,
+    read_metrics,
+)
+
+
+def progress(step, loss=1.0, aux_loss=0.0, tokens=100, seconds=0.5, **changes):
+    values = {"total_steps": 7, "epoch": 1, "lr": 1e-3 / step, **changes}
+    return Progress(
+        step=step, loss=loss, aux_loss=aux_loss, tokens=tokens, seconds=seconds, **values
+    )
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+def test_records_hold_means_of_their_interval(tmp_path):
+    with Report(tmp_path, 0, 7, log_interval=3) as report:
+        for step, loss in enumerate((4.0, 2.0, 0.0, 3.0, 3.0, 6.0, 9.0), start=1):
+            report.step(
+                progress(
+                    step, loss, aux_loss=loss / 4, tokens=10 * step, seconds=2.0 if step < 4 else 1
+                )
+            )
+            if step == 3:
+                assert len(rows(tmp_path)) == 1  # written at once, not at the end
+    first, second, last = rows(tmp_path)
+    assert first == {
+        "step": 3,
+        "epoch": 1,
+        "loss": 2.0,
+        "aux_loss": 0.5,
+        "lr": 1e-3 / 3,
+        "tokens_per_second": 10.0,  # 60 tokens in 6 seconds
+    }
+    assert (second["step"], second["loss"], second["tokens_per_second"]) == (6, 4.0, 50.0)
+    # The interval that the run's end leaves incomplete is a record too.
+    assert (last["step"], last["loss"], last["aux_loss"]) == (7, 9.0, 2.25)
+
+
+def test_no_empty_record_after_a_full_interval(tmp_path):
+    with Report(tmp_path, 0, 2, log_interval=2) as report:
+        report.step(progress(1))
+        report.step(progress(2))
+        report.flush()
+    assert [row["step"] for row in rows(tmp_path)] == [2]
+
+
+def test_an_error_flushes_and_is_passed_on(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Report(tmp_path, 0, 9, log_interval=5) as report:
+        report.step(progress(1, loss=2.0))
+        report.step(progress(2, loss=4.0))
+        raise KeyboardInterrupt
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(2, 3.0)]
+
+
+def test_a_resumed_run_keeps_the_grid_and_appends(tmp_path):
+    append(tmp_path / "metrics.jsonl", {"event": "before", "heldout_loss": 5.0})
+    with Report(tmp_path, 4, 7, log_interval=3) as report:
+        assert (report.bar.n, report.bar.total) == (4, 7)
+        for step in (5, 6, 7):
+            report.step(progress(step, loss=float(step)))
+        assert report.bar.n == 7
+    assert [row.get("step") for row in rows(tmp_path)] == [None, 6, 7]
+    assert [row.get("loss") for row in rows(tmp_path)] == [None, 5.5, 7.0]
+
+
+def test_append_writes_readable_text(tmp_path):
+    append(tmp_path / "a.jsonl", {"prompt": "你好\n😀"})
+    append(tmp_path / "a.jsonl", {"n": 1})
+    assert (tmp_path / "a.jsonl").read_bytes() == '{"prompt": "你好\\n😀"}\n{"n": 1}\n'.encode()
+
+
+def test_read_metrics_keeps_the_later_row_and_sorts(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    written = [
+        {"event": "before", "heldout_loss": 3.0},
+        {"step": 10, "loss": 1.0},
+        {"step": 20, "loss": 2.0},
+        {"step": 30, "loss": 3.0},
+        {"step": 20, "loss": 2.5},  # taken up from step 10
+        {"step": 25, "loss": 2.75},
+        {"step": 100, "loss": 0.5},
+        {"event": "after", "heldout_loss": 0.25},
+    ]
+    for row in written:
+        append(path, row)
+    read = read_metrics(path)
+    steps = [(row["step"], row["loss"]) for row in read if "step" in row]
+    assert steps == [(10, 1.0), (20, 2.5), (25, 2.75), (30, 3.0), (100, 0.5)]
+    events = {row["event"]: row["heldout_loss"] for row in read if "event" in row}
+    assert events == {"before": 3.0, "after": 0.25} and len(read) == 7
+
+
+# --- before and after -----------------------------------------------------------------------------
+
+
+def test_matches_counts_equal_answers_only():
+    assert matches(["a", "b ", "c", ""], ["a", "b", "C", ""]) == 2
+    assert matches([], []) == 0
+    with pytest.raises(ValueError, match="zip"):
+        matches(["a"], ["a", "b"])
+
+
+def test_compare():
+    before = Side(2.0, 1.5, ["I am MiniMind.", "Paris.", "no"])
+    after = Side(0.5, 1.65, ["I am Robin.", "Paris.", "yes"])
+    expected = ["I am Robin.", "Paris.", "Yes"]
+    lines = compare(before, after, ["Who?", "Where?", "So?"], expected).splitlines()
+    assert lines[0].split() == ["held-out", "loss", "2.0000", "->", "0.5000", "(-75.0", "%)"]
+    assert lines[1].endswith("1.5000 ->   1.6500   (+10.0 %)")
+    assert lines[1].startswith("  base set's held-out loss ")
+    assert re.sub(" +", " ", lines[2]) == (" answered to the letter 1 -> 2 (of 3 held-out prompts)")
+    assert len({line.index("->") for line in lines[:3]}) == 1  # the columns stand in line
+    assert lines[3:7] == [
+        "",
+        "  > Who?",
+        "    before: I am MiniMind.",
+        "    after:  I am Robin.",
+    ]
+    assert lines[-3:] == ["  > So?", "    before: no", "    after:  yes"]
+
+
+def test_compare_shows_some_answers_and_counts_all():
+    prompts = [f"p{i}" for i in range(9)]
+    before, after = Side(1.0, None, ["x"] * 9), Side(1.0, None, prompts)
+    text = compare(before, after, prompts, prompts)
+    assert "(+0.0 %)" in text and "base set" not in text
+    assert " 0 -> " in text and " 9   (of 9 held-out prompts)" in text
+    assert [line for line in text.splitlines() if line.startswith("  > ")] == [
+        f"  > p{i}" for i in range(6)
+    ]
+
+
+def test_compare_without_anything_held_out():
+    nothing = Side(None, None, [])
+    assert compare(nothing, nothing, [], []) == ""
+
+
+# --- the plot -------------------------------------------------------------------------------------
+
+STEPS = [
+    {"step": 10 * i, "epoch": 1, "loss": 3.0 / i, "aux_loss": 0.0, "lr": 1e-3 / i}
+    for i in range(1, 5)
+]
+BEFORE = {"event": "before", "heldout_loss": 4.0, "base_heldout_loss": 1.0}
+AFTER = {"event": "after", "heldout_loss": 2.0, "base_heldout_loss": 1.5}
+NOTHING = {"heldout_loss": None, "base_heldout_loss": None}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were made, to look into."""
+    figures = []
+    real = module.FigureCanvasAgg
+    monkeypatch.setattr(
+        module, "FigureCanvasAgg", lambda figure: figures.append(figure) or real(figure)
+    )
+    return figures
+
+
+def curves(figure):
+    return {
+        line.get_label(): list(zip(*(map(float, d) for d in line.get_data()), strict=True))
+        for axes in figure.axes
+        for line in axes.get_lines()
+    }
+
+
+CASES = {
+    "everything": [BEFORE, AFTER, *STEPS],
+    "no base set": [BEFORE | {"base_heldout_loss": None}, AFTER | {"base_heldout_loss": None}]
+    + STEPS,
+    "nothing held out": [{"event": "before"} | NOTHING, *STEPS, {"event": "after"} | NOTHING],
+    "no events": STEPS,
+    "a single step": [BEFORE, STEPS[0], AFTER],
+    "no steps": [BEFORE, AFTER],
+    "many steps": [STEPS[0] | {"step": i} for i in range(1, 60)],
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_plot_writes_a_png_with_the_right_curves(tmp_path, drawn, case):
+    path = tmp_path / "loss.png"
+    plot_loss(case, path, "a title")
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and content[-8:-4] == b"IEND"
+    width, height = struct.unpack(">II", content[16:24])
+    assert width > 600 and height > 400
+    steps = [row for row in case if "step" in row]
+    expected = {
+        "training loss": [(row["step"], row["loss"]) for row in steps],
+        "learning rate": [(row["step"], row["lr"]) for row in steps],
+    }
+    events = {row["event"]: row for row in case if "event" in row} if steps else {}
+    for key, label in (
+        ("heldout_loss", "held-out loss"),
+        ("base_heldout_loss", "base set's held-out loss"),
+    ):
+        if events and events["before"][key] is not None:
+            expected[label] = [
+                (0.0, events["before"][key]),
+                (steps[-1]["step"], events["after"][key]),
+            ]
+    (figure,) = drawn
+    assert curves(figure) == expected
+    assert figure.axes[0].get_title() == "a title"
+    legend = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
+    assert legend == set(expected)
+
+
+def test_a_single_step_is_visible(tmp_path, drawn):
+    plot_loss([STEPS[0]], tmp_path / "loss.png", "t")
+    line = next(x for x in drawn[0].axes[0].get_lines() if x.get_label() == "training loss")
+    assert line.get_marker() == "."  # a line through one point shows nothing
+
+
+@pytest.mark.parametrize(
+    ("called", "on_path", "expected"),
+    [
+        ("/v/bin/minimind", "/v/bin/minimind", "minimind"),
+        ("/v/bin/minimind", None, os.path.relpath("/v/bin/minimind")),
+        ("/v/bin/minimind", "/other/bin/minimind", os.path.relpath("/v/bin/minimind")),
+        ("/src/minimind/__main__.py", None, "python -m minimind"),
+        ("/v/bin/pytest", None, "minimind"),
+    ],
+)
+def test_the_next_command_can_be_typed_as_it_is_printed(monkeypatch, called, on_path, expected):
+    monkeypatch.setattr("sys.argv", [called])
+    monkeypatch.setattr("shutil.which", lambda name: on_path)
+    assert program() == expected
