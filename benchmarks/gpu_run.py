@@ -83,8 +83,8 @@ def stages(out: Path, scratch: Path, more: list[str], commit: str | None, jobs: 
 
 
 # Tests that hold much of a GPU's memory, and the one that is the next stage.
-LARGE = "tests/test_gpu.py"
-WHOLE_CHECK = "tests/test_check.py::test_everything_on_the_gpu"
+LARGE = "tests/linear/test_autograd_gpu.py"
+WHOLE_CHECK = "tests/proof/test_check.py::test_everything_on_the_gpu"
 # Run in a process of its own, so that a broken driver cannot take this one down.
 _ENVIRONMENT = """
 import json, sys

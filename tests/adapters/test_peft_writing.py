@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from test_surgery import Model, assert_untouched, snapshot, trained
+from safetensors.torch import load_file
+from tiny_model import Model, trained
 from tiny_peft import (
     CONFIG,
     OURS,
@@ -17,7 +17,6 @@ from tiny_peft import (
     base,
     config_of,
     contents,
-    edit,
     fill,
     logits,
     ours,
@@ -33,7 +32,7 @@ from lora_kernels import (
     lora_state_dict,
     save_lora,
 )
-from lora_kernels.adapters import peft_format
+from lora_kernels.adapters import peft_writing
 from lora_kernels.adapters.reading import holds_adapter, read_adapter
 
 
@@ -126,52 +125,6 @@ def test_round_trip(tmp_path, way, dtype):
     }
 
 
-def test_prefixes_in_the_file_itself(tmp_path):
-    source = trained(Model(), rank=2, rank_pattern={"gate": 3})
-    save_lora(source, tmp_path)
-    tensors = load_file(tmp_path / TENSORS)
-    for old, new in (
-        ("base_model.model.", "_orig_mod.base_model.model."),
-        ("base_model.model.", "base_model.model._orig_mod."),
-    ):
-        save_file({k.replace(old, new): v for k, v in tensors.items()}, tmp_path / TENSORS)
-        edit(tmp_path, rank_pattern={"gate": 3})
-        target = Model()
-        assert load_lora(target, tmp_path) == ["blocks.0.q", "blocks.1.q", "gate"]
-        assert torch.equal(target.gate.lora.A.weight, source.gate.lora.A.weight)
-
-
-def test_not_strict_takes_what_both_have(tmp_path):
-    save_lora(trained(Model(), rank=2, target_modules=["q"]), tmp_path)
-    target = trained(Model(), rank=2, target_modules=["blocks.1.q", "gate"])
-    with pytest.raises(AdapterMismatchError, match="missing from the file: gate"):
-        load_lora(target, tmp_path)
-    assert load_lora(target, tmp_path, strict=False) == ["blocks.1.q"]
-
-
-def test_a_model_of_another_rank_or_scale_is_left_alone(tmp_path):
-    save_lora(trained(Model(), rank=2, alpha=4), tmp_path)
-    for settings, message in (
-        ({"rank": 2}, "trained with scale 2"),
-        ({"rank": 3, "alpha": 6}, r"gate\.lora\.A\.weight: expected \[3, 8\], found \[2, 8\]"),
-    ):
-        target = trained(Model(), **settings)
-        before = snapshot(target)
-        with pytest.raises(AdapterMismatchError, match=message):
-            load_lora(target, tmp_path)
-        assert_untouched(target, before)
-
-
-def test_links_within_the_directory_and_to_it_are_fine(tmp_path):
-    save_lora(trained(Model(), rank=2), tmp_path / "a")
-    (tmp_path / "a" / TENSORS).rename(tmp_path / "a" / "real")
-    (tmp_path / "a" / TENSORS).symlink_to("real")
-    (tmp_path / "link").symlink_to(tmp_path / "a")
-    assert load_lora(Model(), tmp_path / "link")
-    save_lora(trained(Model(), rank=2), tmp_path / "link")  # replaces the link, not its target
-    assert not (tmp_path / "a" / TENSORS).is_symlink() and (tmp_path / "link").is_symlink()
-
-
 @pytest.mark.parametrize("step", range(7))
 def test_a_failed_write_leaves_the_old_adapter(tmp_path, monkeypatch, step):
     """Of two files written and four moves, fail at each in turn; at last, not at all."""
@@ -206,7 +159,7 @@ def test_a_failed_first_write_leaves_nothing(tmp_path, monkeypatch, step):
     def full_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(*[(os, "fsync"), (peft_format, "save")][step], full_disk)
+    monkeypatch.setattr(*[(os, "fsync"), (peft_writing, "save")][step], full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_lora(trained(Model()), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []

@@ -165,8 +165,8 @@ COMPILE = """
 import json, sys, torch
 from pathlib import Path
 from benchmarks import tune
-from lora_kernels.cases import Case
-from lora_kernels.tuning import Config, Shape
+from lora_kernels.kernels import Config, Shape
+from lora_kernels.proof import Case
 
 def cases(config):
     shapes = Shape(8192, 4096, 4096, 16), Shape(1024, 512, 2048, 16), Shape(8192, 4096, 4096, 64)
@@ -217,9 +217,7 @@ def test_compiling_stops_in_time(monkeypatch, capsys):
     monkeypatch.setattr(
         tune, "_launches", lambda case, sms: [SimpleNamespace(options=kernel(case))]
     )
-    monkeypatch.setattr(
-        tune.resources, "_source", lambda launch: SimpleNamespace(hash=lambda: "same")
-    )
+    monkeypatch.setattr(tune, "source_of", lambda launch: SimpleNamespace(hash=lambda: "same"))
     start = time.monotonic()
     refused = tune.compile_all(cases, HOPPER, 4, 3, 0.5)
     assert 0.4 < time.monotonic() - start < 5

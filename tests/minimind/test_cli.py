@@ -217,59 +217,6 @@ def test_sft_trains_a_whole_model_that_chat_takes(here, capsys):
     assert capsys.readouterr().out.startswith("base> ")
 
 
-def test_chat_with_without_and_comparing(here, capsys, monkeypatch):
-    assert finetune("--out", "o", "--epochs", "8", "--lr", "0.05", "--targets", "all-linear") == 0
-    capsys.readouterr()
-    ask = ["--base", "base", "--prompt", "What is 3 plus 1?", "--max-new-tokens", "12"]
-    lora = ["--lora", "o/adapter.safetensors"]
-    assert main(["chat", *ask]) == 0
-    base = capsys.readouterr().out
-    assert main(["chat", *ask, *lora]) == 0
-    adapted = capsys.readouterr().out
-    assert base.startswith("base> ") and adapted.startswith("lora> ")
-    assert base.removeprefix("base> ") != adapted.removeprefix("lora> ")
-    assert main(["chat", *ask, *lora, "--compare"]) == 0
-    assert capsys.readouterr().out == base + adapted
-    typed = iter(["What is 3 plus 1?", "/lora", "/new", "What is 3 plus 1?", "/what", "", "/quit"])
-    monkeypatch.setattr("builtins.input", lambda _: next(typed))
-    assert main(["chat", "--base", "base", "--max-new-tokens", "12", *lora]) == 0
-    said = capsys.readouterr().out
-    assert adapted in said and base in said and "(the adapter is off)" in said
-    assert said.count("/quit leaves") == 2  # the greeting, and the answer to an unknown command
-    monkeypatch.setattr("builtins.input", lambda _: (_ for _ in ()).throw(EOFError))
-    assert main(["chat", "--base", "base"]) == 0
-
-
-def test_merge_writes_the_adapted_model(here, capsys):
-    assert finetune("--out", "o") == 0
-    assert main(
-        ["merge", "--base", "base", "--lora", "o/adapter.safetensors", "--out", "m", "--dtype",
-         "float32"]
-    ) == 0  # fmt: skip
-    said = capsys.readouterr().out
-    assert "layers.0.attention.wq: 0.00% of" in said and "minimind chat --base m" in said
-    adapted = load_model(here / "base")
-    load_lora(adapted, here / "o" / "adapter.safetensors")
-    merged = load_model(here / "m")
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(merged.eval()(ids).logits, adapted.eval()(ids).logits)
-    assert len(load_tokenizer(here / "m")) == 6400
-
-
-def test_info(here, capsys):
-    assert finetune("--out", "o", "--rank", "4", "--alpha", "2") == 0
-    capsys.readouterr()
-    assert main(["info"]) == 0
-    assert "path          reference: x is on cpu" in capsys.readouterr().out
-    assert main(["info", "base"]) == 0
-    assert "dim 64, 1 layers, 2 heads, 1 key-value heads" in capsys.readouterr().out
-    assert main(["info", "o/adapter.safetensors"]) == 0
-    said = capsys.readouterr().out
-    assert "1,024 parameters on 2 modules" in said
-    assert "layers.0.attention.wq: rank 4, scale 0.5, float32" in said
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(here, capsys):
     assert finetune("--out", "o", "--lr", "1e30", "--epochs", "5", "--grad-clip", "0") == 2
     assert "lower lr" in capsys.readouterr().err

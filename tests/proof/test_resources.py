@@ -16,7 +16,8 @@ from lora_kernels import __main__ as command
 from lora_kernels.kernels import tuning
 from lora_kernels.kernels.tiles import block_of
 from lora_kernels.kernels.tuning import Config, Shape
-from lora_kernels.proof import cases, resources
+from lora_kernels.proof import cases, commands, resources
+from lora_kernels.proof.commands import TARGETS
 from lora_kernels.proof.resources import Entry, Resources, judge
 
 PLAIN = Config(64, 64, 64)
@@ -63,9 +64,9 @@ def test_every_hopper_product_uses_wgmma_and_fits():
 
 SPILLING = """
 import json, torch
-from lora_kernels.cases import Case
-from lora_kernels.resources import compile_case
-from lora_kernels.tuning import Config, Shape
+from lora_kernels.kernels.tuning import Config, Shape
+from lora_kernels.proof.cases import Case
+from lora_kernels.proof.resources import compile_case
 shape = Shape(512, 4096, 4096, 16)
 found = [
     compile_case((Case("expand", config, torch.bfloat16, shape), (8, 0), 108))[0].resources
@@ -88,9 +89,9 @@ def test_what_outgrows_the_registers_spills():
     assert large.spilled >= 256 * 4 * 2
 
 
-@pytest.mark.parametrize("target", command.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_configuration_that_a_call_can_get_is_compiled(target):
-    capability, _ = command.TARGETS[target]
+    capability, _ = TARGETS[target]
     swept = {
         (case.kernel, case.dtype, case.config, block_of(case.shape.r))
         for case in resources.sweep_cases(capability)
@@ -186,10 +187,10 @@ def test_mistakes_are_told_with_what_is_known(arguments, message, capsys):
 
 
 def test_without_triton_the_command_says_so(monkeypatch, capsys):
-    def absent(name):
+    def absent(name, package):
         raise ModuleNotFoundError("No module named 'triton'", name="triton")
 
-    monkeypatch.setattr(command.importlib, "import_module", absent)
+    monkeypatch.setattr(commands.importlib, "import_module", absent)
     monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
     assert command.main(["resources", "--target", "sm_90"]) == 1
     assert "pip install triton" in capsys.readouterr().err
