@@ -19,7 +19,9 @@ ONE = "linear and 512x512-m1-r16-float32"
 
 def run(folder, *options):
     target = folder / "rows.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and "XDIST" not in k}
+    environment = {
+        k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and "XDIST" not in k
+    }
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q"]
     command += ["-p", "no:cacheprovider", f"--benchmark-json={target}", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
