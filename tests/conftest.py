@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
+
+# Of pytest-xdist's processes: with more than a thread each they would wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 # Without a GPU the kernels run in Triton's interpreter, which it chooses when it decorates them.
@@ -12,6 +17,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import tiny_cli
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """As many processes as processors, by pytest-xdist where it is installed; ``-n 0`` says no.
+
+    Not on a GPU, whose memory the large tests need for themselves, nor for a single test.
+    """
+    absent = not config.pluginmanager.hasplugin("xdist") or "PYTEST_XDIST_WORKER" in os.environ
+    if absent or torch.cuda.is_available():
+        return
+    single = any("::" in argument for argument in config.args) or config.option.usepdb
+    if config.option.numprocesses is None and not single:
+        config.option.numprocesses = "auto"
 
 
 def pytest_collection_modifyitems(items):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -81,10 +82,11 @@ def test_the_shipped_base_knows_its_set_in_held_out_words(base):
 
 @pytest.mark.slow
 def test_finetune_without_arguments(tmp_path, base):
+    threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
     run = subprocess.run(
         [sys.executable, "-m", "minimind", "finetune"],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path), **threads},
         capture_output=True,
         text=True,
         timeout=1500,

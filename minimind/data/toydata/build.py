@@ -23,7 +23,7 @@ from typing import NamedTuple
 LANGUAGES = ("en", "zh")
 SEED = 20250214
 TEXT = Path(__file__).parent
-OUT = TEXT.parent / "assets" / "data"
+OUT = TEXT.parents[1] / "assets" / "data"
 
 Turn = dict[str, str]
 Conversation = list[Turn]

@@ -46,6 +46,7 @@ def test_the_same_seed_gives_the_same_sets(sets):
 
 
 def test_the_shipped_files_are_what_build_gives(tmp_path, sets):
+    assert build.OUT.resolve() == DATA_DIRECTORY.resolve()
     counts = build.write(tmp_path / "new")
     assert counts == {name: len(conversations) for name, conversations in sets.items()}
     written = {path.name for path in (tmp_path / "new").iterdir()}
