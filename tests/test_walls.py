@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
@@ -43,10 +44,16 @@ def sources():
     }
 
 
+@functools.cache
+def syntax(text):
+    """The nodes of a text; most texts are the same in every test."""
+    return tuple(ast.walk(ast.parse(text)))
+
+
 def imports(module, text, modules):
     """``(module, name)`` for each name that the text imports of the packages."""
     folder = module.split(".")[:-1]
-    for node in ast.walk(ast.parse(text)):
+    for node in syntax(text):
         if isinstance(node, ast.Import):
             found = [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -80,7 +87,7 @@ def floor(module):
 
 def offered(text):
     """The names in ``__all__``, which makes a module a door for other packages; else None."""
-    for node in ast.parse(text).body:
+    for node in syntax(text):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return ast.literal_eval(node.value)
     return None

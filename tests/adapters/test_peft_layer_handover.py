@@ -290,7 +290,7 @@ def test_dtensor_weights(served):
         dist.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_transforms_and_tracing_are_left_to_peft(served):
     stock, ours = pair()
     x = torch.randn(3, K)

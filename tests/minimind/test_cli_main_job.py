@@ -73,9 +73,10 @@ def test_the_shipped_base_knows_its_set_in_held_out_words(base):
     heldout = SFTDataset(DATA_DIRECTORY / "base.heldout.jsonl", tokenizer)
     # A uniform guess over the vocabulary would be ln 6400 = 8.8.
     assert evaluate(base, heldout, torch.device("cpu")) < 0.25
-    prompts = [turns[0]["content"] for turns in heldout.conversations]
+    some = heldout.conversations[::3]  # of every subject and both languages
+    prompts = [turns[0]["content"] for turns in some]
     replies = answer(base, tokenizer, [[{"role": "user", "content": p}] for p in prompts])
-    expected = [turns[1]["content"] for turns in heldout.conversations]
+    expected = [turns[1]["content"] for turns in some]
     right = sum(a == b for a, b in zip(replies, expected, strict=True))
     assert right >= 0.75 * len(prompts)
 
