@@ -30,7 +30,7 @@ def pytest_cmdline_main(config):
         return
     single = any("::" in argument for argument in config.args) or config.option.usepdb
     if config.option.numprocesses is None and not single:
-        config.option.numprocesses = "auto"
+        config.option.numprocesses, config.option.dist = "auto", "worksteal"
 
 
 def pytest_collection_modifyitems(items):
