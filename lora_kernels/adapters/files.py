@@ -32,7 +32,11 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write the files so that all appear or none, in this order."""
+    """Write the files so that all appear or none, in this order; others are left alone.
+
+    Raises:
+        ValueError: a directory has one of the names.
+    """
     for name in files:
         if (directory / name).is_dir():
             raise ValueError(f"{directory / name} is a directory; choose another path")
@@ -77,6 +81,7 @@ def _swap(stage: Path, directory: Path, names: list[str]) -> None:
 
 
 def refuse_strange_file(directory: Path, name: str) -> None:
+    """Raise ValueError where ``name`` is no file, or a link that leads out of ``directory``."""
     try:
         target = (directory / name).resolve(strict=True)
     except (OSError, RuntimeError) as error:

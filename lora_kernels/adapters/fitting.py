@@ -4,17 +4,87 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..config import LayerConfig
 from ..linear.module import LoRALinear
-from .reading import SUFFIXES, AdapterMismatchError
-from .sharding import is_sharded
+from .reading import SUFFIXES, AdapterMismatchError, without_wrappers
+from .sharding import is_sharded, refuse_flattened, reshard
+from .surgery import lora_layers
+from .targets import strip_wrappers
 
 
-def trial_layers(
+class Fit(NamedTuple):
+    """What loading will do; nothing has been done yet.
+
+    Attributes:
+        loaded: modules to load, without wrapper prefixes, in module order.
+        inserted: layers to insert before, by the model's own names; empty where it carries LoRA.
+    """
+
+    loaded: list[str]
+    inserted: dict[str, LayerConfig]
+
+
+def fit(
+    model: nn.Module,
+    path: Path,
+    pairs: Mapping[str, Mapping[str, Tensor]],
+    described: Mapping[str, LayerConfig],
+    strict: bool,
+) -> Fit:
+    """Hold what `read_adapter` gave of ``path`` against ``model``, which is left as it is.
+
+    Raises:
+        AdapterMismatchError: what is missing, unexpected, mis-shaped or out of range, by name.
+        ValueError: FSDP1 has flattened the model.
+    """
+    by_clean_name = {strip_wrappers(name): name for name, _ in model.named_modules()}
+    layers = without_wrappers(lora_layers(model))
+    factors_of(model, layers)
+    fresh = not layers
+    wanted: dict[str, LayerConfig] = {}
+    if fresh:
+        wanted = {
+            name: described.get(name, LayerConfig(rank=pair["A"].shape[0]))
+            for name, pair in pairs.items()
+            if strict or name in by_clean_name
+        }
+        layers = _trial_layers(model, wanted, by_clean_name, path)
+    missing = [name for name in layers if name not in pairs]
+    unexpected = [name for name in pairs if name not in layers]
+    problems = []
+    if strict and missing:
+        problems.append(f"missing from the file: {_listed(missing)}")
+    if strict and unexpected:
+        problems.append(f"in the file but without LoRA in the model: {_listed(unexpected)}")
+    loaded = [name for name in by_clean_name if name in layers and name in pairs]
+    if not loaded and not problems:
+        problems.append("the file and the model have no module in common")
+    for name in loaded:
+        problems += _differences(name, layers[name], pairs[name], described.get(name), fresh)
+    if problems:
+        raise AdapterMismatchError(
+            f"{path} does not fit the model; nothing was loaded.\n  " + "\n  ".join(problems)
+        )
+    return Fit(loaded, {by_clean_name[name]: wanted[name] for name in loaded if fresh})
+
+
+def factors_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+    """A and B of each layer by their keys, sharded where the model is; refuses FSDP1's."""
+    reshard(model)
+    factors = {}
+    for name, layer in layers.items():
+        for factor, suffix in SUFFIXES.items():
+            factors[name + suffix] = weight = getattr(layer.lora, factor).weight
+            refuse_flattened(name, weight)
+    return factors
+
+
+def _trial_layers(
     model: nn.Module,
     wanted: Mapping[str, LayerConfig],
     by_clean_name: Mapping[str, str],
@@ -51,7 +121,7 @@ def trial_layers(
     return layers
 
 
-def differences(
+def _differences(
     name: str,
     layer: LoRALinear,
     pair: Mapping[str, Tensor],
@@ -77,6 +147,6 @@ def differences(
     return problems
 
 
-def listed(names: list[str], most: int = 8) -> str:
+def _listed(names: list[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

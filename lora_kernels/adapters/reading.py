@@ -54,6 +54,7 @@ def holds_adapter(path: str | os.PathLike[str]) -> bool:
 
 
 def kind_of(path: Path) -> str:
+    """``"torch"``, ``"safetensors"`` or ``"directory"``: what the path says it is or shall be."""
     if path.is_dir() or not (path.suffix or path.exists()):
         return "directory"
     if path.suffix in (".pth", ".pt"):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,23 +19,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import LayerConfig
-from ..linear.module import LoRALinear
 from .files import write_atomically
-from .fitting import differences, listed, trial_layers
+from .fitting import factors_of, fit
 from .peft_writing import write_directory
 from .reading import (
     METADATA,
-    SUFFIXES,
     VERSION,
-    AdapterMismatchError,
     kind_of,
     read_adapter,
     without_wrappers,
 )
-from .sharding import cut_like, is_writer, refuse_flattened, reshard, whole
+from .sharding import cut_like, is_writer, whole
 from .surgery import insert_lora, lora_layers, require_lora
-from .targets import strip_wrappers
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -49,7 +43,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
         ValueError: the model carries no LoRA, or FSDP1 has flattened it.
     """
     layers = without_wrappers(require_lora(model, "lora_state_dict"))
-    return {key: whole(factor.detach()) for key, factor in _factors(model, layers).items()}
+    return {key: whole(factor.detach()) for key, factor in factors_of(model, layers).items()}
 
 
 def save_lora(model: nn.Module, path: str | os.PathLike[str], *, fold_scale: bool = False) -> None:
@@ -78,7 +72,7 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str], *, fold_scale: boo
     path = Path(path)
     kind = kind_of(path)
     layers = without_wrappers(require_lora(model, "save_lora"))
-    factors = _factors(model, layers)
+    factors = factors_of(model, layers)
     if kind == "directory":
         write_directory(path, model, layers, fold_scale)
         return
@@ -125,50 +119,13 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
     """
     path = Path(path)
     pairs, described = read_adapter(path)
-    by_clean_name = {strip_wrappers(name): name for name, _ in model.named_modules()}
+    loaded, inserted = fit(model, path, pairs, described, strict)
+    if inserted:
+        insert_lora(model, inserted)
     layers = without_wrappers(lora_layers(model))
-    _factors(model, layers)
-    fresh = not layers
-    if fresh:
-        wanted = {
-            name: described.get(name, LayerConfig(rank=pair["A"].shape[0]))
-            for name, pair in pairs.items()
-            if strict or name in by_clean_name
-        }
-        layers = trial_layers(model, wanted, by_clean_name, path)
-    missing = [name for name in layers if name not in pairs]
-    unexpected = [name for name in pairs if name not in layers]
-    problems = []
-    if strict and missing:
-        problems.append(f"missing from the file: {listed(missing)}")
-    if strict and unexpected:
-        problems.append(f"in the file but without LoRA in the model: {listed(unexpected)}")
-    loaded = [name for name in by_clean_name if name in layers and name in pairs]
-    if not loaded and not problems:
-        problems.append("the file and the model have no module in common")
-    for name in loaded:
-        problems += differences(name, layers[name], pairs[name], described.get(name), fresh)
-    if problems:
-        raise AdapterMismatchError(
-            f"{path} does not fit the model; nothing was loaded.\n  " + "\n  ".join(problems)
-        )
-    if fresh:
-        insert_lora(model, {by_clean_name[name]: wanted[name] for name in loaded})
-        layers = without_wrappers(lora_layers(model))
     with torch.no_grad():
         for name in loaded:
             for factor, tensor in pairs[name].items():
                 weight = getattr(layers[name].lora, factor).weight
                 weight.copy_(cut_like(weight, tensor))
     return loaded
-
-
-def _factors(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
-    """A and B of each layer by their keys, sharded where the model is; refuses FSDP1's."""
-    reshard(model)
-    factors = {}
-    for name, layer in layers.items():
-        for factor, suffix in SUFFIXES.items():
-            factors[name + suffix] = weight = getattr(layer.lora, factor).weight
-            refuse_flattened(name, weight)
-    return factors

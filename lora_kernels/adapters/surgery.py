@@ -192,6 +192,7 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def require_lora(model: nn.Module, caller: str) -> dict[str, LoRALinear]:
+    """As `lora_layers`, or ValueError where there are none."""
     layers = lora_layers(model)
     if not layers:
         raise ValueError(f"{caller}: model has no LoRALinear; call apply_lora or load_lora first")
@@ -199,12 +200,14 @@ def require_lora(model: nn.Module, caller: str) -> dict[str, LoRALinear]:
 
 
 def refuse_sharded_layers(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+    """Raise ValueError where a layer's weight is spread over processes."""
     reshard(model)
     for name, layer in layers.items():
         refuse_sharded(name, layer.weight, "save_lora, and load_lora into a model that is not")
 
 
 def refuse_root(model: nn.Module) -> None:
+    """Raise ValueError where the model itself is the layer, which nobody holds as a child."""
     if isinstance(model, LoRALinear):
         raise ValueError(
             "model itself is a LoRALinear and cannot be replaced from inside; put it into a "

@@ -76,6 +76,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 
 def refuse_second_application(modules: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError where one of them is a LoRALinear already."""
     for name, module in modules.items():
         if isinstance(module, LoRALinear):
             raise ValueError(
