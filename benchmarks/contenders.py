@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels import LoRALinear, explain, kernels, use_backend, use_strategy
+from lora_kernels import LoRALinear, explain, use_backend, use_strategy
+from lora_kernels.kernels import STRATEGIES as BY_ROLE
+from lora_kernels.kernels import Shape
+from lora_kernels.kernels import strategy as strategy_for
 
 from . import rivals
 from .machine import version
@@ -26,7 +29,7 @@ except ImportError:
 SCALE = 2.0
 FLOOR = "frozen"
 OURS = "ours"
-STRATEGIES = tuple(dict.fromkeys(name for names in kernels.STRATEGIES.values() for name in names))
+STRATEGIES = tuple(dict.fromkeys(name for names in BY_ROLE.values() for name in names))
 
 COMPILED = ("three calls, compiled", "peft, compiled")
 CONTENDERS = (
@@ -259,7 +262,7 @@ def _ours(name: str, problem: Problem, device: torch.device) -> Step:
         if not strategy:
             yield
             return
-        roles = {role: strategy for role, known in kernels.STRATEGIES.items() if strategy in known}
+        roles = {role: strategy for role, known in BY_ROLE.items() if strategy in known}
         with use_backend("triton"), use_strategy(**roles):
             yield
 
@@ -280,11 +283,11 @@ def _strategies(problem: Problem, device: torch.device) -> str:
     found = []
     for role, shape in (("forward", (m, n, k, r)), ("dx", (m, k, n, r))):
         try:
-            name = kernels.strategy(
+            name = strategy_for(
                 role,
                 torch.cuda.get_device_capability(device),
                 DTYPES[problem.dtype],
-                kernels.Shape(*shape),
+                Shape(*shape),
                 dropped=problem.dropout > 0,
                 tma=k % 8 == 0 and n % 8 == 0,  # fresh tensors lie on 16 bytes and more
                 sms=torch.cuda.get_device_properties(device).multi_processor_count,

@@ -27,7 +27,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lora_kernels.kernels import KERNELS, Config, Shape, candidates, lookup
-from lora_kernels.proof import Case, Lost, Tensors, launches_of, processors, source_of, spread
+from lora_kernels.proof import (
+    Case,
+    Launch,
+    Lost,
+    Tensors,
+    launches_of,
+    processors,
+    source_of,
+    spread,
+)
 
 from . import machine, measure
 from .gate import GateError, compare
@@ -250,7 +259,7 @@ def compile_case(task: tuple[Case, tuple[int, int], int]) -> None:
         launch.kernel.warmup(**launch.arguments, grid=(1,), **launch.options)
 
 
-def _launches(case: Case, sms: int) -> list[Any]:
+def _launches(case: Case, sms: int) -> list[Launch]:
     return launches_of(case, _on_meta(case.kernel, case.dtype, case.shape), sms)
 
 

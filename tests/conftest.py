@@ -23,14 +23,21 @@ import tiny_cli
 def pytest_cmdline_main(config):
     """As many processes as processors, by pytest-xdist where it is installed; ``-n 0`` says no.
 
-    Not on a GPU, whose memory the large tests need for themselves, nor for a single test.
+    Not on a GPU, whose memory the large tests need for themselves; not for a single test, nor for
+    what has to be seen or typed while it runs.
     """
-    absent = not config.pluginmanager.hasplugin("xdist") or "PYTEST_XDIST_WORKER" in os.environ
-    if absent or torch.cuda.is_available():
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or "PYTEST_XDIST_WORKER" in os.environ:
         return
-    single = any("::" in argument for argument in config.args) or config.option.usepdb
-    if config.option.numprocesses is None and not single:
-        config.option.numprocesses, config.option.dist = "auto", "worksteal"
+    if torch.cuda.is_available() or option.numprocesses is not None or option.tx:
+        return
+    talks = option.capture == "no" or any(
+        config.getoption(name, False)
+        for name in ("usepdb", "trace", "collectonly", "showfixtures", "cacheshow")
+    )
+    if not talks and not any("::" in argument for argument in config.args):
+        option.numprocesses = "auto"
+        option.dist = "worksteal" if option.dist == "no" else option.dist
 
 
 def pytest_collection_modifyitems(items):

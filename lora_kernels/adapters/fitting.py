@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import LayerConfig
 from ..linear.module import LoRALinear
 from .reading import SUFFIXES, AdapterMismatchError, without_wrappers
-from .sharding import is_sharded, refuse_flattened, reshard
+from .sharding import is_sharded
 from .surgery import lora_layers
 from .targets import strip_wrappers
 
@@ -40,11 +40,9 @@ def fit(
 
     Raises:
         AdapterMismatchError: what is missing, unexpected, mis-shaped or out of range, by name.
-        ValueError: FSDP1 has flattened the model.
     """
     by_clean_name = {strip_wrappers(name): name for name, _ in model.named_modules()}
     layers = without_wrappers(lora_layers(model))
-    factors_of(model, layers)
     fresh = not layers
     wanted: dict[str, LayerConfig] = {}
     if fresh:
@@ -71,17 +69,6 @@ def fit(
             f"{path} does not fit the model; nothing was loaded.\n  " + "\n  ".join(problems)
         )
     return Fit(loaded, {by_clean_name[name]: wanted[name] for name in loaded if fresh})
-
-
-def factors_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
-    """A and B of each layer by their keys, sharded where the model is; refuses FSDP1's."""
-    reshard(model)
-    factors = {}
-    for name, layer in layers.items():
-        for factor, suffix in SUFFIXES.items():
-            factors[name + suffix] = weight = getattr(layer.lora, factor).weight
-            refuse_flattened(name, weight)
-    return factors
 
 
 def _trial_layers(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,17 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..linear.module import LoRALinear
 from .files import write_atomically
-from .fitting import factors_of, fit
+from .fitting import fit
 from .peft_writing import write_directory
-from .reading import (
-    METADATA,
-    VERSION,
-    kind_of,
-    read_adapter,
-    without_wrappers,
-)
-from .sharding import cut_like, is_writer, whole
+from .reading import METADATA, SUFFIXES, VERSION, kind_of, read_adapter, without_wrappers
+from .sharding import cut_like, is_writer, refuse_flattened, reshard, whole
 from .surgery import insert_lora, lora_layers, require_lora
 
 
@@ -43,7 +39,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
         ValueError: the model carries no LoRA, or FSDP1 has flattened it.
     """
     layers = without_wrappers(require_lora(model, "lora_state_dict"))
-    return {key: whole(factor.detach()) for key, factor in factors_of(model, layers).items()}
+    return {key: whole(factor.detach()) for key, factor in _factors(model, layers).items()}
 
 
 def save_lora(model: nn.Module, path: str | os.PathLike[str], *, fold_scale: bool = False) -> None:
@@ -72,7 +68,7 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str], *, fold_scale: boo
     path = Path(path)
     kind = kind_of(path)
     layers = without_wrappers(require_lora(model, "save_lora"))
-    factors = factors_of(model, layers)
+    factors = _factors(model, layers)
     if kind == "directory":
         write_directory(path, model, layers, fold_scale)
         return
@@ -119,6 +115,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
     """
     path = Path(path)
     pairs, described = read_adapter(path)
+    _factors(model, without_wrappers(lora_layers(model)))  # refuses what FSDP1 has flattened
     loaded, inserted = fit(model, path, pairs, described, strict)
     if inserted:
         insert_lora(model, inserted)
@@ -129,3 +126,14 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
                 weight = getattr(layers[name].lora, factor).weight
                 weight.copy_(cut_like(weight, tensor))
     return loaded
+
+
+def _factors(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+    """A and B of each layer by their keys, sharded where the model is; refuses FSDP1's."""
+    reshard(model)
+    factors = {}
+    for name, layer in layers.items():
+        for factor, suffix in SUFFIXES.items():
+            factors[name + suffix] = weight = getattr(layer.lora, factor).weight
+            refuse_flattened(name, weight)
+    return factors

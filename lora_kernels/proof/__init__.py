@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cases import Case, Tensors
     from .closeness import ROUNDING, distance
-    from .resources import launches_of, source_of
+    from .resources import Launch, launches_of, source_of
     from .workers import Lost, processors, spread
 
 __all__ = [
     "ROUNDING",
     "Case",
+    "Launch",
     "Lost",
     "Tensors",
     "distance",
@@ -29,6 +30,7 @@ _HOMES = {
     "Tensors": "cases",
     "ROUNDING": "closeness",
     "distance": "closeness",
+    "Launch": "resources",
     "launches_of": "resources",
     "source_of": "resources",
     "Lost": "workers",

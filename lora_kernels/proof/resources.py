@@ -56,7 +56,7 @@ class Resources(NamedTuple):
 
 def launches_of(case: Case, operands: Tensors, sms: int) -> list[Launch]:
     """What a case launches on ``operands``, which may be on ``meta``, recorded and not run."""
-    with recording(sms) as launches, products_in(case.tf32):
+    with recording(sms) as launches:
         case.run(operands)
     return launches
 
@@ -313,7 +313,8 @@ def _per_sm(config: Config, resources: Resources, limit: int) -> int:
 def compile_case(task: tuple[Case, tuple[int, int], int]) -> list[_Compiled]:
     """Record what a case launches on the meta device, and compile it."""
     case, capability, sms = task
-    launches = launches_of(case, case.operands(torch.device("meta")), sms)
+    with products_in(case.tf32):
+        launches = launches_of(case, case.operands(torch.device("meta")), sms)
     return [_compile_once(launch, capability) for launch in launches]
 
 

@@ -16,8 +16,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-import lora_kernels
-from lora_kernels import disable_lora, lora_layers, save_lora
+from lora_kernels import __version__, disable_lora, lora_layers, save_lora
 from lora_kernels.adapters import write_atomically
 
 from ..data.tokenizer import save_tokenizer
@@ -121,7 +120,7 @@ def write_hub(model: MiniMindLM, tokenizer: Any, out: Path, dtype: torch.dtype) 
             save_lora(twin, stage / ADAPTER)
         files = sorted(str(f.relative_to(stage)) for f in stage.rglob("*") if f.is_file())
         manifest = {
-            "written_by": f"lora_kernels {lora_kernels.__version__}",
+            "written_by": f"lora_kernels {__version__}",
             "era": model.config.era,
             "architecture": layout.architecture,
             "dtype": name_of_dtype,

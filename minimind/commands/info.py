@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-import lora_kernels
-from lora_kernels import explain, holds_adapter, read_adapter
+from lora_kernels import __version__, explain, holds_adapter, read_adapter
 
 from ..model.checkpoint import config_beside, load_model, weights_path
 from ..model.eras import adapter_eras, untraceable
@@ -39,7 +38,7 @@ def _machine() -> list[str]:
     device = choose_device("auto")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}"
     return [
-        f"lora_kernels  {lora_kernels.__version__}",
+        f"lora_kernels  {__version__}",
         f"torch         {torch.__version__}",
         f"transformers  {transformers.__version__}",
         f"device        {name} ({torch.get_num_threads()} CPU threads)",

@@ -1,5 +1,20 @@
 """Conversations, the tokenizer that reads them, and the project's own text."""
 
-from .sft import SFTDataset, find_data, read_conversations
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .sft import SFTDataset, find_data, read_conversations
 
 __all__ = ["SFTDataset", "find_data", "read_conversations"]
+
+# Imported when first used: the toy data is made without torch.
+_HOMES = {"SFTDataset": "sft", "find_data": "sft", "read_conversations": "sft"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

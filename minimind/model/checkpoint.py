@@ -1,6 +1,6 @@
 """Read and write MiniMind's weights: whole, checked, or not at all.
 
-A file's era is told from the names and shapes of its tensors (`minimind.eras`); a configuration
+A file's era is told from the names and shapes of its tensors (`eras`); a configuration
 that lies with it is read in whichever words it is written.
 """
 

@@ -23,7 +23,7 @@ class LMConfig(PretrainedConfig):
     Args:
         era: ``"2025-02"``, ``"2025-04"`` or ``"2026-03"``: what the modules are called, which
             values turn together in the rotary embedding, and whether query and key heads have a
-            norm (see `minimind.eras`). Arguments that are left out take the era's usual values,
+            norm (see `eras`). Arguments that are left out take the era's usual values,
             below in this order where they differ.
         dim: width of the residual stream; 512, 512, 768.
         n_layers: number of transformer blocks.

@@ -1,7 +1,7 @@
 """The parts of a MiniMind layer: norm, rotary positions, attention and SwiGLU.
 
 Every projection is a plain ``nn.Linear``, so LoRA can take the place of any. What a module calls
-its children is the era's matter (`minimind.eras`), so that weights and adapters of each era fit as
+its children is the era's matter (`eras`), so that weights and adapters of each era fit as
 they are. Shapes: B sequences, S tokens, T tokens with the cached ones, D width, H query and G key
 heads, P rotary pairs a head.
 """

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-import lora_kernels
-from lora_kernels import explain, lora_state_dict, save_lora
+from lora_kernels import __version__, explain, lora_state_dict, save_lora
 from lora_kernels.adapters import write_atomically
 
 from ..data.sft import SFTDataset
@@ -252,7 +251,7 @@ def resolved(job: Job) -> dict[str, Any]:
         "steps": job.trainer.total_steps,
         **(shape if job.processes.several else {}),
         "versions": {
-            "lora_kernels": lora_kernels.__version__,
+            "lora_kernels": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

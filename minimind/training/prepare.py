@@ -13,12 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels import (
-    apply_lora,
-    lora_parameters,
-    lora_state_dict,
-    mark_only_lora_as_trainable,
-)
+from lora_kernels import apply_lora, lora_parameters, lora_state_dict, mark_only_lora_as_trainable
 
 from ..data.sft import DATA_DIRECTORY, Conversation, SFTDataset, find_data, read_conversations
 from ..data.tokenizer import load_tokenizer

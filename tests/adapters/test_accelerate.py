@@ -19,16 +19,7 @@ from lora_kernels import accelerate_peft, load_lora
 peft = pytest.importorskip("peft")
 
 from peft.tuners.lora.layer import Linear  # noqa: E402
-from tiny_peft_model import (  # noqa: E402
-    WAYS,
-    config,
-    fill_lora,
-    gradients,
-    kinds,
-    layers,
-    pair,
-    same,
-)
+from tiny_peft_model import WAYS, config, fill_lora, gradients, kinds, layers, pair, same  # noqa: E402
 
 from lora_kernels import adapters  # noqa: E402
 from lora_kernels.adapters import peft_layer  # noqa: E402

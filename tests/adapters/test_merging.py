@@ -9,14 +9,7 @@ import torch
 from tiny_model import IDS, Model, assert_untouched, snapshot, trained
 from torch import nn
 
-from lora_kernels import (
-    LoRALinear,
-    apply_lora,
-    disable_lora,
-    merge_lora,
-    merged_lora,
-    remove_lora,
-)
+from lora_kernels import LoRALinear, apply_lora, disable_lora, merge_lora, merged_lora, remove_lora
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -8,18 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import IDS, Model, assert_untouched, snapshot, trained
-from tiny_peft import (
-    CONFIG,
-    DROP,
-    TENSORS,
-    edit,
-)
+from tiny_peft import CONFIG, DROP, TENSORS, edit
 
-from lora_kernels import (
-    AdapterMismatchError,
-    load_lora,
-    save_lora,
-)
+from lora_kernels import AdapterMismatchError, load_lora, save_lora
 
 CONFIGS = {
     "r missing": ({"r": DROP}, "r is missing"),

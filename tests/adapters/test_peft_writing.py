@@ -10,17 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_model import Model, trained
-from tiny_peft import (
-    CONFIG,
-    OURS,
-    TENSORS,
-    base,
-    config_of,
-    contents,
-    fill,
-    logits,
-    ours,
-)
+from tiny_peft import CONFIG, OURS, TENSORS, base, config_of, contents, fill, logits, ours
 from torch import nn
 
 from lora_kernels import (
@@ -32,7 +22,6 @@ from lora_kernels import (
     lora_state_dict,
     save_lora,
 )
-from lora_kernels.adapters import peft_writing
 from lora_kernels.adapters.reading import holds_adapter, read_adapter
 
 
@@ -123,68 +112,6 @@ def test_round_trip(tmp_path, way, dtype):
     assert {n: p["A"].shape[0] for n, p in pairs.items()} == {
         n: layer.rank for n, layer in described.items()
     }
-
-
-@pytest.mark.parametrize("step", range(7))
-def test_a_failed_write_leaves_the_old_adapter(tmp_path, monkeypatch, step):
-    """Of two files written and four moves, fail at each in turn; at last, not at all."""
-    save_lora(trained(Model(), rank=2), tmp_path)
-    (tmp_path / "README.md").write_text("mine")
-    before, calls = contents(tmp_path), []
-
-    def failing(real):
-        def call(*args):
-            calls.append(args)
-            if len(calls) == step + 1:
-                raise OSError("no space left")
-            return real(*args)
-
-        return call
-
-    monkeypatch.setattr(os, "fsync", failing(os.fsync))
-    monkeypatch.setattr(os, "replace", failing(os.replace))
-    if step == 6:
-        save_lora(trained(Model(), rank=3), tmp_path)
-        assert contents(tmp_path).keys() == before.keys()
-        assert (tmp_path / "README.md").read_text() == "mine"
-        assert config_of(tmp_path)["r"] == 3
-        return
-    with pytest.raises(OSError, match="no space left"):
-        save_lora(trained(Model(), rank=3), tmp_path)
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("step", range(2))
-def test_a_failed_first_write_leaves_nothing(tmp_path, monkeypatch, step):
-    def full_disk(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(*[(os, "fsync"), (peft_writing, "save")][step], full_disk)
-    with pytest.raises(OSError, match="no space left"):
-        save_lora(trained(Model()), tmp_path / "a")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_at_no_moment_is_there_half_an_adapter_that_loads(tmp_path, monkeypatch):
-    save_lora(trained(Model(), rank=2, alpha=4), tmp_path)
-    real, seen = os.replace, []
-
-    def look(*args):
-        real(*args)
-        names = [name for name in (TENSORS, CONFIG) if (tmp_path / name).exists()]
-        try:
-            seen.append((names, bool(load_lora(Model(), tmp_path))))
-        except (AdapterMismatchError, FileNotFoundError):
-            seen.append((names, False))
-
-    monkeypatch.setattr(os, "replace", look)
-    save_lora(trained(Model(), rank=2, alpha=8), tmp_path)
-    assert seen == [
-        ([TENSORS], False),
-        ([], False),
-        ([TENSORS], False),
-        ([TENSORS, CONFIG], True),
-    ]
 
 
 def test_what_the_format_cannot_hold_is_refused(tmp_path):

@@ -8,16 +8,9 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_model import Model, trained
+from tiny_model import SUFFIXES, Model, trained
 
-from lora_kernels import (
-    AdapterMismatchError,
-    load_lora,
-    lora_state_dict,
-    save_lora,
-)
-
-SUFFIXES = [".pth", ".pt", ".safetensors"]
+from lora_kernels import AdapterMismatchError, load_lora, lora_state_dict, save_lora
 
 
 class Evil:

@@ -1,4 +1,4 @@
-"""LoRA put into a model, merged, switched off and taken out."""
+"""LoRA put into a model, switched off and taken out."""
 
 from __future__ import annotations
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny_model import Model
 
-from lora_kernels import (
-    LoRAConfig,
-    LoRALinear,
-    apply_lora,
-)
+from lora_kernels import LoRAConfig, LoRALinear, apply_lora
 
 
 def test_square_linears_by_default_in_order_and_announced(capsys):

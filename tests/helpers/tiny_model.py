@@ -7,6 +7,9 @@ from torch import nn
 
 from lora_kernels import apply_lora, lora_parameters
 
+# Of the files that hold an adapter by themselves.
+SUFFIXES = [".pth", ".pt", ".safetensors"]
+
 
 class Block(nn.Module):
     def __init__(self):

@@ -10,10 +10,10 @@ import torch
 from places import GOLDEN
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_minimind import (  # noqa: F401 - one_thread acts by itself
+from tiny_minimind import (
     SIZES,
     ids,
-    one_thread,
+    one_thread,  # noqa: F401 - acts by itself
     tiny,
 )
 from torch import nn

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tiny_minimind import (  # noqa: F401 - one_thread acts by itself
+from tiny_minimind import (
     SIZES,
-    assert_same_gradients,
-    gradients,
-    ids,
-    one_thread,
-    tiny,
+    one_thread,  # noqa: F401 - acts by itself
 )
 
 from minimind.model.config import LMConfig

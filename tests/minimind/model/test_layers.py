@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tiny_minimind import (  # noqa: F401 - one_thread acts by itself
-    assert_same_gradients,
-    gradients,
-    ids,
-    one_thread,
-    tiny,
-)
+from tiny_minimind import one_thread  # noqa: F401 - acts by itself
 
 from minimind.model.layers import RMSNorm, attention_pattern, rotary_angles, rotate_pairs
 

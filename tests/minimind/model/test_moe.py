@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_minimind import (  # noqa: F401 - one_thread acts by itself
-    assert_same_gradients,
-    gradients,
+from tiny_minimind import (
     ids,
-    one_thread,
+    one_thread,  # noqa: F401 - acts by itself
     tiny,
 )
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from places import GOLDEN
 from safetensors.torch import load_file
-from tiny_minimind import (  # noqa: F401 - one_thread acts by itself
+from tiny_minimind import (
     assert_same_gradients,
     gradients,
     ids,
-    one_thread,
+    one_thread,  # noqa: F401 - acts by itself
     tiny,
 )
 from torch import nn

@@ -8,12 +8,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_minimind import (  # noqa: F401 - one_thread acts by itself
+from tiny_minimind import (
     SIZES,
     assert_same_gradients,
     gradients,
     ids,
-    one_thread,
+    one_thread,  # noqa: F401 - acts by itself
     tiny,
 )
 

@@ -7,12 +7,7 @@ import torch
 from tiny_minimind import one_thread  # noqa: F401 - acts by itself
 from tiny_processes import results
 
-from lora_kernels import (
-    apply_lora,
-    lora_parameters,
-    lora_state_dict,
-    mark_only_lora_as_trainable,
-)
+from lora_kernels import apply_lora, lora_parameters, lora_state_dict, mark_only_lora_as_trainable
 from minimind.data.sft import SFTDataset
 from minimind.data.tokenizer import load_tokenizer
 from minimind.model.config import LMConfig
