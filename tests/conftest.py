@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -41,12 +42,16 @@ def pytest_cmdline_main(config):
 
 
 def pytest_collection_modifyitems(items):
-    gpu = torch.cuda.is_available()
-    absent = "interpreted" if gpu else "gpu"
-    reason = "the kernels run on the GPU here" if gpu else "needs a CUDA GPU"
+    absent = {}
+    if torch.cuda.is_available():
+        absent["interpreted"] = "the kernels run on the GPU here"
+    else:
+        absent["gpu"] = "needs a CUDA GPU"
+    if importlib.util.find_spec("triton") is None:
+        absent["interpreted"] = "triton is not installed"
     for item in items:
-        if absent in item.keywords:
-            item.add_marker(pytest.mark.skip(reason=reason))
+        for marker in absent.keys() & item.keywords:
+            item.add_marker(pytest.mark.skip(reason=absent[marker]))
 
 
 @pytest.fixture(autouse=True)

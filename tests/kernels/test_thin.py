@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import needs_triton  # noqa: F401 - skips this file without it
 import pytest
 import torch
 from closeness import assert_close

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import needs_triton  # noqa: F401 - skips this file without it
 import pytest
 import torch
 from closeness import assert_close
