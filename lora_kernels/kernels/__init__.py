@@ -1,6 +1,6 @@
 """What every layer is built of: tiles, matrix products, ordered sums, the mask, the table."""
 
-from .tuning import KERNELS, STRATEGIES, Config, Shape, candidates, lookup, strategy, use_strategy
+from .tuning import KERNELS, STRATEGIES, Config, Shape, candidates, lookup, strategy
 
 __all__ = [
     "KERNELS",
@@ -10,5 +10,4 @@ __all__ = [
     "candidates",
     "lookup",
     "strategy",
-    "use_strategy",
 ]

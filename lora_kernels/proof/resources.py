@@ -61,15 +61,6 @@ def launches_of(case: Case, operands: Tensors, sms: int) -> list[Launch]:
     return launches
 
 
-def compile_launch(launch: Launch, capability: tuple[int, int]) -> Resources:
-    """Compile a recorded launch for a compute capability and read what it takes.
-
-    Raises:
-        Exception: whatever Triton raises where it cannot compile, out of resources included.
-    """
-    return _compile(source_of(launch), launch.options, capability)
-
-
 def _compile(source: ASTSource, options: dict[str, Any], capability: tuple[int, int]) -> Resources:
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
     compiled = triton.compile(source, target=target, options=options)
