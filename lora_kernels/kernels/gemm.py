@@ -306,11 +306,12 @@ def suits_tma(tensor: Tensor) -> bool:
     `hopper_gemm` takes q either way round, and p only with rows of contiguous elements.
     """
     inner, outer = sorted((tensor.stride(0), tensor.stride(1)))
+    width = tensor.shape[1] if tensor.stride(1) == 1 else tensor.shape[0]
     return (
         inner == 1
+        and outer >= width  # rows may not overlap
         and outer * tensor.element_size() % 16 == 0
         and tensor.data_ptr() % 16 == 0
-        and outer >= 8
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,12 +69,14 @@ def ranks_of(kernel: str, capability: tuple[int, int]) -> list[int]:
 @contextmanager
 def products_in(tf32: bool) -> Iterator[None]:
     """Take float32 products in TF32, or in IEEE arithmetic, inside the ``with``."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    # The older `torch.get_float32_matmul_precision` raises where somebody has set this one.
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = before
 
 
 @dataclass(frozen=True)

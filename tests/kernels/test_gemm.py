@@ -116,6 +116,13 @@ def test_what_suits_tma():
     assert not suits_tma(torch.empty(1, 64, dtype=torch.float16).expand(8, 64))
 
 
+@pytest.mark.parametrize(("stride", "suits"), [(56, False), (64, True), (72, True)])
+def test_rows_that_overlap_do_not_suit_tma(stride, suits):
+    rows = torch.empty(8 * 72, dtype=torch.float16).as_strided((8, 64), (stride, 1))
+    assert suits_tma(rows) is suits_tma(rows.t()) is suits
+    assert suits_tma(rows[:1]) is suits  # CUDA's rule is about strides, however many rows there are
+
+
 @pytest.mark.interpreted
 def test_offsets_beyond_31_bits():
     # Memory that is never touched is never taken: three rows, 2³⁰ elements apart.
