@@ -1,5 +1,9 @@
 """LoRA linears at nearly the cost of the frozen layer."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from .adapters.accelerate import PeftReport, accelerate_peft
 from .adapters.merging import merge_lora, merged_lora
 from .adapters.reading import AdapterMismatchError, holds_adapter, read_adapter
@@ -17,6 +21,9 @@ from .dispatch import explain, use_backend
 from .kernels.tuning import use_strategy
 from .linear.autograd import lora_linear
 from .linear.module import LoRA, LoRALinear
+
+if TYPE_CHECKING:
+    from .adapters.callback import LoRACallback as LoRACallback
 
 __version__ = "0.1.0"
 
@@ -45,3 +52,12 @@ __all__ = [
     "use_backend",
     "use_strategy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # It is no part of `__all__`: it needs transformers, which takes seconds to import.
+    if name == "LoRACallback":
+        from .adapters.callback import LoRACallback
+
+        return LoRACallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..config import LayerConfig
 from ..linear.module import LoRALinear
-from .reading import SUFFIXES, AdapterMismatchError, without_wrappers
-from .sharding import is_sharded
+from .reading import SUFFIXES, AdapterMismatchError, Content, without_wrappers
+from .sharding import is_sharded, whole
 from .surgery import lora_layers
 from .targets import strip_wrappers
 
@@ -32,15 +32,15 @@ class Fit(NamedTuple):
 def fit(
     model: nn.Module,
     path: Path,
-    pairs: Mapping[str, Mapping[str, Tensor]],
-    described: Mapping[str, LayerConfig],
+    content: Content,
     strict: bool,
 ) -> Fit:
-    """Hold what `read_adapter` gave of ``path`` against ``model``, which is left as it is.
+    """Hold what `read_content` gave of ``path`` against ``model``, which is left as it is.
 
     Raises:
         AdapterMismatchError: what is missing, unexpected, mis-shaped or out of range, by name.
     """
+    pairs, described = content.pairs, content.described
     by_clean_name = {strip_wrappers(name): name for name, _ in model.named_modules()}
     layers = without_wrappers(lora_layers(model))
     fresh = not layers
@@ -64,6 +64,7 @@ def fit(
         problems.append("the file and the model have no module in common")
     for name in loaded:
         problems += _differences(name, layers[name], pairs[name], described.get(name), fresh)
+    problems += _strange_copies(model, content.copies)
     if problems:
         raise AdapterMismatchError(
             f"{path} does not fit the model; nothing was loaded.\n  " + "\n  ".join(problems)
@@ -132,6 +133,30 @@ def _differences(
             f"alpha {described.alpha}), the model has {layer.scale:g}; apply LoRA with that alpha"
         )
     return problems
+
+
+def _strange_copies(model: nn.Module, copies: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with the base's own tensors that an adapter's file holds."""
+    own = {strip_wrappers(name): tensor for name, tensor in model.named_parameters()}
+    problems = []
+    for name, copy in copies.items():
+        if name not in own:
+            problems.append(f"{name} lies in the file, the model has no such parameter")
+        elif not _equal(own[name], copy):
+            problems.append(
+                f"{name}: the file holds a copy of the base's, {list(copy.shape)}, and the "
+                f"model's, {list(own[name].shape)}, is another; load the base that the adapter was "
+                "trained on, with its vocabulary resized as it was"
+            )
+    return problems
+
+
+def _equal(own: Tensor, copy: Tensor) -> bool:
+    """Whether two tensors are the same, once rounded to the narrower of their dtypes."""
+    if own.shape != copy.shape or own.is_meta:
+        return False
+    narrow = min(own.dtype, copy.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(whole(own.detach()).to("cpu", narrow), copy.to(narrow))
 
 
 def _listed(names: list[str], most: int = 8) -> str:

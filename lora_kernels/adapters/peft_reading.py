@@ -1,9 +1,10 @@
 """PEFT's two files of an adapter, read without PEFT.
 
-``adapter_model.safetensors`` has the keys ``base_model.model.<module>.lora_A.weight [R, K]`` and
-``.lora_B.weight [N, R]``; ``adapter_config.json`` alone knows alpha. The names of modules in
-``rank_pattern`` and ``alpha_pattern`` are regular expressions, matched from a dot or the beginning
-to the end; a leading ``^`` leaves only the beginning, so that a name written here is one module's.
+``adapter_model.safetensors``, or ``.bin`` up to PEFT 0.5, has the keys
+``base_model.model.<module>.lora_A.weight [R, K]`` and ``.lora_B.weight [N, R]``;
+``adapter_config.json`` alone knows alpha. The names of modules in ``rank_pattern`` and
+``alpha_pattern`` are regular expressions, matched from a dot or the beginning to the end; a
+leading ``^`` leaves only the beginning, so that a name written here is one module's.
 
 What does not fit raises a plain ValueError, to which `reading` adds the path.
 """
@@ -19,16 +20,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from torch import Tensor
 
 from ..config import LayerConfig, check_alpha, check_dropout, check_rank
 from .files import refuse_strange_file
 from .targets import strip_wrappers
+from .tensor_files import LazyTensors, read_pickled
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
+_COPY = ".base_layer."
 FACTORS = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
 
 # Fields of adapter_config.json that leave what a loaded adapter computes as it is: they say where
@@ -65,37 +67,44 @@ _STRANGE_KEYS = {
 }
 
 
-def read_directory(directory: Path) -> tuple[dict[str, Tensor], dict[str, LayerConfig]]:
-    """The tensors, renamed ``<module>.lora.A.weight`` and so on, and each module's configuration.
+def holds_peft_files(directory: Path) -> bool:
+    """Whether one of PEFT's files is there."""
+    return any(os.path.lexists(directory / name) for name in (TENSORS, _PICKLE, CONFIG))
+
+
+def read_directory(
+    directory: Path,
+) -> tuple[dict[str, Tensor], dict[str, LayerConfig], dict[str, Tensor]]:
+    """The tensors, renamed ``<module>.lora.A.weight`` and so on, each module's configuration, and
+    the base's own weights that PEFT copied into the file, ``<module>.weight``.
+
+    Where both are there, ``adapter_model.safetensors`` wins over ``adapter_model.bin``.
 
     Raises:
-        FileNotFoundError: neither file is there.
         ValueError: the adapter is incomplete, damaged, or of a kind that is not supported.
     """
-    there = [name for name in (TENSORS, CONFIG) if os.path.lexists(directory / name)]
-    if TENSORS not in there and (directory / _PICKLE).exists():
-        raise ValueError(
-            f"{_PICKLE} is a pickle, which could run code and is never loaded; if you trust it, "
-            f"load it in PEFT and save it again, which writes {TENSORS}"
-        )
-    if not there:
-        raise FileNotFoundError(
-            f"no adapter at {directory}: neither {TENSORS} nor {CONFIG} is there; check the path"
-        )
-    for name in (TENSORS, CONFIG):
-        if name not in there:
-            raise ValueError(f"{name} is missing, only {there[0]} is there; copy both files")
+    old = not os.path.lexists(directory / TENSORS) and os.path.lexists(directory / _PICKLE)
+    names = (_PICKLE if old else TENSORS, CONFIG)
+    for name, other in (names, reversed(names)):
+        if not os.path.lexists(directory / name):
+            raise ValueError(f"{name} is missing, only {other} is there; copy both files")
         refuse_strange_file(directory, name)
     resolve = _resolver(_read_config(directory / CONFIG))
     state: dict[str, Tensor] = {}
     described: dict[str, LayerConfig] = {}
     problems: list[str] = []
-    content = _read_tensors(directory / TENSORS)
+    copies: dict[str, Tensor] = {}
+    path = directory / names[0]
+    content = read_pickled(path) if old else dict(LazyTensors(path))
     for key, tensor in content.items():
         # A prefix may stand before PEFT's own, too, if the wrapped model was saved.
         head, prefix, rest = key.partition(PREFIX)
         factor = next((f for f, suffix in FACTORS.items() if rest.endswith(suffix)), None)
         name = rest.removesuffix(FACTORS[factor]) if factor else ""
+        layer_name, _, parameter = rest.rpartition(_COPY)
+        if layer_name and parameter in ("weight", "bias") and not strip_wrappers(head):
+            copies[f"{head}{layer_name}.{parameter}"] = tensor
+            continue
         if not name or strip_wrappers(head):
             kind = next((k for part, k in _STRANGE_KEYS.items() if part in key), None)
             wanted = f"this is {kind}" if kind else f"keys are {PREFIX}<module>.lora_A.weight, B"
@@ -107,21 +116,17 @@ def read_directory(directory: Path) -> tuple[dict[str, Tensor], dict[str, LayerC
         layer = resolve(name)
         described[strip_wrappers(name)] = layer
         state[f"{head}{name}.lora.{factor}.weight"] = tensor
-        if tensor.dim() == 2 and tensor.shape[0 if factor == "A" else 1] != layer.rank:
+        if (
+            isinstance(tensor, Tensor)
+            and tensor.dim() == 2
+            and tensor.shape[0 if factor == "A" else 1] != layer.rank
+        ):
             problems.append(
                 f"{key}: {CONFIG} says rank {layer.rank}, found shape {list(tensor.shape)}"
             )
     if problems:
         raise ValueError("\n  ".join(["not a LoRA adapter that can be loaded", *problems]))
-    return state, described
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safetensors.safe_open(str(path), framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except Exception as error:  # of the library's own making, and its readers' kinds
-        raise ValueError(f"{path.name} cannot be read, it may be damaged: {error}") from None
+    return state, described, copies
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -7,27 +7,47 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors
 import torch
 from torch import Tensor
 
 from ..config import LayerConfig
 from ..linear.module import DTYPES
-from .peft_reading import read_directory
+from .peft_reading import CONFIG, TENSORS, holds_peft_files, read_directory
 from .targets import strip_wrappers
+from .tensor_files import LazyTensors, read_checkpoint, read_pickled
 
 SUFFIXES = {"A": ".lora.A.weight", "B": ".lora.B.weight"}
 METADATA, VERSION = "lora_kernels", 1
+# The adapter that lies beside a checkpoint of the whole model.
+BESIDE = "lora.safetensors"
 Value = TypeVar("Value")
 
 
 class AdapterMismatchError(ValueError):
     """An adapter file does not fit the model, or is not an adapter; the model is unchanged."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file holds, by names without wrapper prefixes.
+
+    Attributes:
+        pairs: ``{module: {"A": [R, K], "B": [N, R]}}``.
+        described: configuration of each module, where the file says it.
+        copies: tensors of the base model that lie beside an adapter and belong to it if they are
+            not the model's own, ``{"<module>.weight": tensor}``.
+        base: tensors of a checkpoint of the whole model, each read when it is asked for.
+    """
+
+    pairs: dict[str, dict[str, Tensor]]
+    described: dict[str, LayerConfig]
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
+    base: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def read_adapter(
@@ -39,9 +59,18 @@ def read_adapter(
     Raises:
         FileNotFoundError, AdapterMismatchError, ValueError: as `load_lora`.
     """
-    path = Path(path)
-    state, described = _read(path)
-    return _pairs(state, path), described
+    content = read_content(Path(path))
+    return content.pairs, content.described
+
+
+def read_content(path: Path) -> Content:
+    """All that ``path`` holds of an adapter.
+
+    Raises:
+        FileNotFoundError, AdapterMismatchError, ValueError: as `load_lora`.
+    """
+    state, content = _read(path)
+    return replace(content, pairs=_pairs(state, path))
 
 
 def holds_adapter(path: str | os.PathLike[str]) -> bool:
@@ -67,45 +96,68 @@ def kind_of(path: Path) -> str:
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, LayerConfig]]:
-    """The tensors, wrapper prefixes dropped, and the layers that metadata or config describe."""
+def _read(path: Path) -> tuple[dict[str, Any], Content]:
+    """The tensors that are an adapter's or nobody's, by clean names, and what else is there."""
     kind = kind_of(path)
-    if kind == "directory":
-        try:
-            state, described = read_directory(path)
-            return without_wrappers(state), described
-        except ValueError as error:
-            raise AdapterMismatchError(f"{path}: {error}") from None
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter file at {path}; check the path")
-    described = {}
     try:
+        if kind == "directory":
+            return _read_directory(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no adapter file at {path}; check the path")
+        described: dict[str, LayerConfig] = {}
+        state: Mapping[str, Any]
         if kind == "torch":
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_pickled(path)
         else:
-            with safetensors.safe_open(str(path), framework="pt", device="cpu") as file:
-                content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                described = _described((file.metadata() or {}).get(METADATA))
-    except Exception as error:  # damaged files raise anything at all in torch.load
-        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
-            raise AdapterMismatchError(
-                f"{path} is not a plain dictionary of tensors: it holds pickled objects, which "
-                "could run code and are never loaded"
-            ) from None
-        # torch's own words on a pickle advise to load it unsafely.
-        said = "" if isinstance(error, pickle.UnpicklingError) else f" ({_first_line(error)})"
-        raise AdapterMismatchError(
-            f"{path} cannot be read as an adapter file, it may be damaged or of another kind{said}"
-            "; fetch it again, or write it anew with save_lora"
-        ) from None
-    if not isinstance(content, Mapping):
-        raise AdapterMismatchError(
-            f"{path} holds a {type(content).__name__}, not a dictionary of tensors"
-        )
-    try:
-        return without_wrappers({str(key): value for key, value in content.items()}), described
+            state = LazyTensors(path)
+            described = _described(state.metadata.get(METADATA))
+        return _without_base(state, described)
     except ValueError as error:
         raise AdapterMismatchError(f"{path}: {error}") from None
+
+
+def _read_directory(directory: Path) -> tuple[dict[str, Any], Content]:
+    if holds_peft_files(directory):
+        state, described, copies = read_directory(directory)
+        return without_wrappers(state), Content({}, described, copies=without_wrappers(copies))
+    if (directory / BESIDE).is_file():
+        return _read(directory / BESIDE)
+    checkpoint = read_checkpoint(directory)
+    if checkpoint is not None and any(key.endswith(SUFFIXES["A"]) for key in checkpoint):
+        return _without_base(checkpoint, {})
+    raise FileNotFoundError(
+        f"no adapter at {directory}: neither {TENSORS} nor {CONFIG} is there, nor {BESIDE}, nor a "
+        f"checkpoint with keys that end in {SUFFIXES['A']}; check the path"
+    )
+
+
+def _without_base(
+    state: Mapping[str, Any], described: dict[str, LayerConfig]
+) -> tuple[dict[str, Any], Content]:
+    """Take the model itself out, if it is there: the frozen weight of every adapted module."""
+    names = without_wrappers({key: key for key in state})
+    adapted = [k.removesuffix(SUFFIXES["A"]) for k in names if k.endswith(SUFFIXES["A"])]
+    if not adapted or not all(f"{name}.weight" in names for name in adapted):
+        return {clean: state[key] for clean, key in names.items()}, Content({}, described)
+    own = {clean: state[key] for clean, key in names.items() if ".lora." in clean}
+    base = {clean: key for clean, key in names.items() if clean not in own}
+    return own, Content({}, described, base=_Renamed(state, base))
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """Some entries of a mapping under other names, each read when it is asked for."""
+
+    def __init__(self, state: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._state, self._names = state, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def without_wrappers(named: Mapping[str, Value]) -> dict[str, Value]:
@@ -127,13 +179,13 @@ def without_wrappers(named: Mapping[str, Value]) -> dict[str, Value]:
 def _described(metadata: str | None) -> dict[str, LayerConfig]:
     if metadata is None:
         return {}
-    content = json.loads(metadata)
-    if content["version"] != VERSION:
-        raise ValueError(
-            f"its metadata is of version {content['version']}, this library reads {VERSION}"
-        )
-    modules = content["modules"]
-    return {name: LayerConfig(**layer) for name, layer in modules.items()}
+    try:
+        content = json.loads(metadata)
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}, this library reads {VERSION}")
+        return {name: LayerConfig(**layer) for name, layer in content["modules"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its metadata cannot be read: {error!r}") from None
 
 
 def _pairs(state: Mapping[str, Any], path: Path) -> dict[str, dict[str, Tensor]]:
@@ -167,7 +219,3 @@ def _pairs(state: Mapping[str, Any], path: Path) -> dict[str, dict[str, Tensor]]
             f"{path} is not a LoRA adapter that can be loaded; nothing was changed.\n  {what}"
         )
     return pairs
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]

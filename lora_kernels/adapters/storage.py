@@ -6,12 +6,16 @@ Three kinds, told apart by the path:
   It says nothing of alpha or dropout; on a model without LoRA it loads with scale 1.
 - ``.safetensors``: the same keys; rank, alpha, rsLoRA and dropout of each module as metadata.
 - an existing directory, or a new path without a suffix: PEFT's two files, see `peft_reading`.
+
+Read, but not written, are also checkpoints of the whole model with its LoRALinears in it, as
+``save_pretrained`` and transformers' Trainer make them: files and directories.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +28,7 @@ from ..linear.module import LoRALinear
 from .files import write_atomically
 from .fitting import fit
 from .peft_writing import write_directory
-from .reading import METADATA, SUFFIXES, VERSION, kind_of, read_adapter, without_wrappers
+from .reading import METADATA, SUFFIXES, VERSION, kind_of, read_content, without_wrappers
 from .sharding import cut_like, is_writer, refuse_flattened, reshard, whole
 from .surgery import insert_lora, lora_layers, require_lora
 
@@ -100,7 +104,11 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
     Args:
         model: carries LoRA on the same modules, or none at all.
         path: a file that `save_lora` wrote, a ``.pth`` of the same keys, or a directory with
-            PEFT's ``adapter_model.safetensors`` and ``adapter_config.json``.
+            PEFT's ``adapter_model.safetensors`` (or ``.bin``) and ``adapter_config.json``. Also a
+            checkpoint of the whole model with LoRA in it (``save_pretrained``, Trainer's
+            ``checkpoint-<step>``): A and B are taken out of it, its other tensors are passed over.
+            In such a directory ``lora.safetensors`` of `LoRACallback` comes first, which knows
+            alpha; the checkpoint does not, and on a model without LoRA it loads with scale 1.
         strict: demand that the file and the model's adapter have the same modules. If false,
             modules on one side only are left alone; shapes must fit still.
 
@@ -114,15 +122,21 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
         ValueError: another suffix, or FSDP1 has flattened the model.
     """
     path = Path(path)
-    pairs, described = read_adapter(path)
+    content = read_content(path)
     _factors(model, without_wrappers(lora_layers(model)))  # refuses what FSDP1 has flattened
-    loaded, inserted = fit(model, path, pairs, described, strict)
+    loaded, inserted = fit(model, path, content, strict)
     if inserted:
         insert_lora(model, inserted)
+        if content.base and not content.described:
+            warnings.warn(
+                f"{path} is a checkpoint of the whole model, which does not say alpha: A and B "
+                "were loaded with scale 1; call apply_lora with the alpha of the training first",
+                stacklevel=2,
+            )
     layers = without_wrappers(lora_layers(model))
     with torch.no_grad():
         for name in loaded:
-            for factor, tensor in pairs[name].items():
+            for factor, tensor in content.pairs[name].items():
                 weight = getattr(layers[name].lora, factor).weight
                 weight.copy_(cut_like(weight, tensor))
     return loaded

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import shutil
 
 import pytest
@@ -11,6 +13,8 @@ from tiny_model import IDS, Model, assert_untouched, snapshot, trained
 from tiny_peft import CONFIG, DROP, TENSORS, edit
 
 from lora_kernels import AdapterMismatchError, load_lora, save_lora
+
+BIN = "adapter_model.bin"
 
 CONFIGS = {
     "r missing": ({"r": DROP}, "r is missing"),
@@ -228,13 +232,101 @@ def test_no_adapter_at_all(tmp_path):
     refused(tmp_path / "nowhere", "no adapter at .*check the path", FileNotFoundError)
 
 
-def test_a_pickle_is_never_loaded(tmp_path):
-    save_lora(trained(Model(), rank=2), tmp_path)
-    (tmp_path / TENSORS).unlink()
-    torch.save({}, tmp_path / "adapter_model.bin")
-    refused(tmp_path, "adapter_model.bin is a pickle.*save it again")
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("pwned",))
+
+
+def as_bin(directory, change=lambda tensors: None):
+    tensors = load_file(directory / TENSORS)
+    change(tensors)
+    torch.save(tensors, directory / BIN)
+    (directory / TENSORS).unlink()
+
+
+def test_the_older_bin_is_read_as_the_newer_file_is(tmp_path):
+    source = trained(Model(), rank=2, alpha=4)
+    save_lora(source, tmp_path)
+    as_bin(tmp_path)
+    target = Model()
+    target.load_state_dict(source.state_dict(), strict=False)
+    assert load_lora(target, tmp_path) == ["blocks.0.q", "blocks.1.q", "gate"]
+    assert torch.equal(target(IDS), source(IDS))
     (tmp_path / CONFIG).unlink()
-    refused(tmp_path, "adapter_model.bin is a pickle")
+    refused(tmp_path, f"{CONFIG} is missing, only {BIN} is there")
+
+
+def test_of_both_files_the_newer_is_read(tmp_path):
+    source = trained(Model(), rank=2, alpha=4)
+    save_lora(source, tmp_path)
+    (tmp_path / BIN).write_bytes(b"not even looked at")
+    target = Model()
+    load_lora(target, tmp_path)
+    assert torch.equal(target.gate.lora.A.weight, source.gate.lora.A.weight)
+
+
+def test_code_in_a_bin_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_lora(trained(Model(), rank=2, alpha=4), tmp_path / "a")
+    as_bin(tmp_path / "a", lambda t: t.update(evil=Evil()))
+    refused(tmp_path / "a", f"{BIN} .*pickled objects, which could run code")
+    (tmp_path / "a" / BIN).write_bytes(pickle.dumps(Evil(), protocol=2))
+    refused(tmp_path / "a", f"{BIN} .*pickled objects, which could run code")
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("damage", [drop_b, not_finite, width], ids=lambda f: f.__name__)
+def test_a_damaged_bin_changes_nothing(tmp_path, damage):
+    save_lora(trained(Model(), rank=2, alpha=4), tmp_path)
+    as_bin(tmp_path, damage)
+    refused(tmp_path, TENSOR_DAMAGE[damage])
+    for content in (b"", b"<html>", (tmp_path / BIN).read_bytes()[:300]):
+        (tmp_path / BIN).write_bytes(content)
+        refused(tmp_path, f"{BIN} cannot be read, it may be damaged")
+    torch.save([torch.ones(2)], tmp_path / BIN)
+    refused(tmp_path, f"{BIN} holds a list, not a dictionary")
+
+
+def test_values_that_are_no_tensors_are_refused(tmp_path):
+    save_lora(trained(Model(), rank=2, alpha=4), tmp_path)
+    as_bin(tmp_path, lambda t: t.update({"base_model.model.gate.lora_A.weight": [1.0]}))
+    refused(tmp_path, r"gate\.lora\.A\.weight: expected a floating-point tensor, found list")
+
+
+def with_copy(directory, name, tensor):
+    tensors = load_file(directory / TENSORS)
+    tensors[f"base_model.model.{name}"] = tensor
+    save_file(tensors, directory / TENSORS)
+
+
+def test_the_bases_own_copy_is_passed_over_if_it_is_the_models(tmp_path):
+    torch.manual_seed(0)
+    source = trained(Model(), rank=2, alpha=4)
+    save_lora(source, tmp_path)
+    with_copy(tmp_path, "gate.base_layer.weight", source.gate.weight.detach().bfloat16())
+    with_copy(tmp_path, "gate.base_layer.bias", source.gate.bias.detach().clone())
+    torch.manual_seed(0)
+    model = Model()
+    before = model.gate.weight.clone()
+    load_lora(model, tmp_path)  # bfloat16 is the narrower of the two
+    assert torch.equal(model.gate.weight, before)
+    assert torch.equal(model(IDS), source(IDS))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("gate.base_layer.weight", torch.ones(8, 8), r"gate\.weight: .* copy of the base's"),
+        ("gate.base_layer.weight", torch.ones(9, 8), r"copy of the base's, \[9, 8\], .*\[8, 8\]"),
+        ("gate.base_layer.bias", torch.full((8,), torch.nan), r"gate\.bias: .* copy of the base's"),
+        ("gone.base_layer.weight", torch.ones(8, 8), r"gone\.weight .* no such parameter"),
+        ("gate.base_layer.scale", torch.ones(8, 8), "unexpected key"),
+    ],
+)
+def test_another_bases_copy_is_refused(tmp_path, name, tensor, message):
+    save_lora(trained(Model(), rank=2, alpha=4), tmp_path)
+    with_copy(tmp_path, name, tensor)
+    refused(tmp_path, message)
 
 
 @pytest.mark.parametrize("name", [TENSORS, CONFIG])

@@ -1,0 +1,51 @@
+"""The adapter beside every checkpoint that transformers' Trainer writes.
+
+Imported when `LoRACallback` is first asked for: the package does not need transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from .reading import BESIDE
+from .sharding import is_sharded
+from .storage import save_lora
+from .surgery import lora_parameters
+
+
+class LoRACallback(TrainerCallback):
+    """Saves the adapter into each ``checkpoint-<step>`` and, at the end, into ``output_dir``.
+
+    ``Trainer(model, args, …, callbacks=[LoRACallback()])``. What Trainer itself saves is the model
+    with A and B as further tensors, which says nothing of alpha; `load_lora` takes the directory
+    of either kind, and this file first.
+
+    Args:
+        name: of the file (``.safetensors`` or ``.pth``), or without a suffix of a directory in
+            PEFT's format. `load_lora` finds the default by itself, of another give it the path.
+
+    Raises:
+        ValueError: at the beginning of training where the model carries no LoRA; and as
+            `save_lora`.
+    """
+
+    def __init__(self, name: str = BESIDE) -> None:
+        self.name = name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        lora_parameters(kwargs["model"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._save(kwargs["model"], Path(args.output_dir, f"checkpoint-{state.global_step}"), state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._save(kwargs["model"], Path(args.output_dir), state)
+
+    def _save(self, model: nn.Module, directory: Path, state: Any) -> None:
+        # What is sharded, all gather and one writes; copies of one model, one writes by itself.
+        if state.is_world_process_zero or any(map(is_sharded, lora_parameters(model))):
+            save_lora(model, directory / self.name)
