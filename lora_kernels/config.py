@@ -83,6 +83,9 @@ class LayerConfig:
         return lora_scale(self.rank, self.alpha, self.use_rslora)
 
 
+BIASES = ("none", "lora_only", "all")
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """Which modules get LoRA, and of what rank and scale.
@@ -93,12 +96,18 @@ class LoRAConfig:
         dropout: probability in [0, 1) with which the LoRA branch drops elements of its input.
         target_modules: ``None`` for every square linear (``in_features == out_features``); a list
             of whole module names or dotted suffixes; a string is one regular expression matched
-            against the whole name, or ``"all-linear"`` for every linear but the output head.
+            against the whole name, or ``"all-linear"`` for every linear but the head.
         exclude_modules: names, suffixes or one regular expression to leave out, same rules.
         rank_pattern: rank of the modules whose name ends in a key (a regular expression matched
             from a dot or the beginning to the end of the name; the first that matches wins).
         alpha_pattern: alpha, likewise.
         use_rslora: divide alpha by the root of the rank instead of the rank.
+        modules_to_save: names or dotted suffixes of modules that are trained and saved whole, in
+            their own dtype: a head, embeddings, norms. Linears in them get no LoRA. The head of a
+            transformers model for classification or question answering, which a base checkpoint
+            does not hold, is added by itself; an empty list leaves it as it is.
+        bias: which biases are trained and saved whole: ``"none"``, ``"lora_only"`` for those of the
+            adapted linears, or ``"all"`` of the model's.
 
     Raises:
         TypeError, ValueError: an argument is of another kind or outside its range.
@@ -112,9 +121,20 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    modules_to_save: Sequence[str] | None = None
+    bias: str = "none"
 
     def __post_init__(self) -> None:
         LayerConfig(self.rank, self.alpha, self.dropout, self.use_rslora)
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(
+                "modules_to_save must be None or a list of module names, got "
+                f"{self.modules_to_save!r}; put it into a list"
+            )
+        saved = _names(self.modules_to_save, "modules_to_save")
+        object.__setattr__(self, "modules_to_save", saved)
+        if self.bias not in BIASES:
+            raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
         for argument in ("target_modules", "exclude_modules"):
             object.__setattr__(self, argument, _names(getattr(self, argument), argument))
         for argument, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ..config import LayerConfig
 from ..linear.module import LoRALinear
-from .reading import SUFFIXES, AdapterMismatchError, Content, without_wrappers
-from .sharding import is_sharded, whole
+from .content import Content
+from .fitting_wholes import WholeFit, fit_wholes
+from .reading import SUFFIXES, AdapterMismatchError, without_wrappers
+from .sharding import is_sharded
 from .surgery import lora_layers
 from .targets import strip_wrappers
 
@@ -23,10 +25,12 @@ class Fit(NamedTuple):
     Attributes:
         loaded: modules to load, without wrapper prefixes, in module order.
         inserted: layers to insert before, by the model's own names; empty where it carries LoRA.
+        wholes: what to load besides.
     """
 
     loaded: list[str]
     inserted: dict[str, LayerConfig]
+    wholes: WholeFit
 
 
 def fit(
@@ -64,12 +68,13 @@ def fit(
         problems.append("the file and the model have no module in common")
     for name in loaded:
         problems += _differences(name, layers[name], pairs[name], described.get(name), fresh)
-    problems += _strange_copies(model, content.copies)
+    wholes = fit_wholes(model, content, fresh, strict)
+    problems += wholes.problems
     if problems:
         raise AdapterMismatchError(
             f"{path} does not fit the model; nothing was loaded.\n  " + "\n  ".join(problems)
         )
-    return Fit(loaded, {by_clean_name[name]: wanted[name] for name in loaded if fresh})
+    return Fit(loaded, {by_clean_name[name]: wanted[name] for name in loaded if fresh}, wholes)
 
 
 def _trial_layers(
@@ -133,30 +138,6 @@ def _differences(
             f"alpha {described.alpha}), the model has {layer.scale:g}; apply LoRA with that alpha"
         )
     return problems
-
-
-def _strange_copies(model: nn.Module, copies: Mapping[str, Tensor]) -> list[str]:
-    """What is wrong with the base's own tensors that an adapter's file holds."""
-    own = {strip_wrappers(name): tensor for name, tensor in model.named_parameters()}
-    problems = []
-    for name, copy in copies.items():
-        if name not in own:
-            problems.append(f"{name} lies in the file, the model has no such parameter")
-        elif not _equal(own[name], copy):
-            problems.append(
-                f"{name}: the file holds a copy of the base's, {list(copy.shape)}, and the "
-                f"model's, {list(own[name].shape)}, is another; load the base that the adapter was "
-                "trained on, with its vocabulary resized as it was"
-            )
-    return problems
-
-
-def _equal(own: Tensor, copy: Tensor) -> bool:
-    """Whether two tensors are the same, once rounded to the narrower of their dtypes."""
-    if own.shape != copy.shape or own.is_meta:
-        return False
-    narrow = min(own.dtype, copy.dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(whole(own.detach()).to("cpu", narrow), copy.to(narrow))
 
 
 def _listed(names: list[str], most: int = 8) -> str:

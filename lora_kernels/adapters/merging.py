@@ -16,12 +16,14 @@ from .surgery import (
     replace_modules,
     require_lora,
 )
+from .wholes import keep_wholes
 
 
 def merge_lora(model: nn.Module) -> list[str]:
     """Fold ``scale·B·A`` into each weight, in place, and leave plain ``nn.Linear`` modules.
 
-    The sum is taken in float32 (or wider) and rounded once into the weight's dtype.
+    The sum is taken in float32 (or wider) and rounded once into the weight's dtype. Modules that
+    are trained whole keep what they have learnt.
 
     Returns:
         The names of the merged modules.
@@ -39,6 +41,7 @@ def merge_lora(model: nn.Module) -> list[str]:
     with torch.no_grad():
         for layer in layers.values():
             layer.weight.copy_(_merged_weight(layer))
+    keep_wholes(model)
     replace_modules(model, {id(layer): layer.to_linear() for layer in layers.values()})
     return list(layers)
 

@@ -15,14 +15,15 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..config import LayerConfig, check_alpha, check_dropout, check_rank
+from ..config import BIASES, LayerConfig, check_alpha, check_dropout, check_rank
+from .content import Content
 from .files import refuse_strange_file
 from .targets import strip_wrappers
 from .tensor_files import LazyTensors, read_pickled
@@ -30,7 +31,7 @@ from .tensor_files import LazyTensors, read_pickled
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
-_COPY = ".base_layer."
+_BASE = ".base_layer."
 FACTORS = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
 
 # Fields of adapter_config.json that leave what a loaded adapter computes as it is: they say where
@@ -43,8 +44,8 @@ _INERT = {
     "target_modules", "task_type",
 }
 _READ = {
-    "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r",
-    "rank_pattern", "use_rslora",
+    "alpha_pattern", "bias", "ensure_weight_tying", "init_lora_weights", "lora_alpha",
+    "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern", "use_rslora",
 }
 # fmt: on
 _REFUSED = {
@@ -54,7 +55,6 @@ _REFUSED = {
     "layer_replication": "it repeats layers of the base model",
     "lora_bias": "a bias in the LoRA branch is not supported",
     "megatron_config": "Megatron's layers are not supported",
-    "modules_to_save": "whole modules beside the adapter are not supported; merge them in PEFT",
     "target_parameters": "LoRA on bare parameters is not supported",
     "trainable_token_indices": "trained tokens beside the adapter are not supported",
     "use_dora": "DoRA is not supported; merge it in PEFT",
@@ -72,11 +72,8 @@ def holds_peft_files(directory: Path) -> bool:
     return any(os.path.lexists(directory / name) for name in (TENSORS, _PICKLE, CONFIG))
 
 
-def read_directory(
-    directory: Path,
-) -> tuple[dict[str, Tensor], dict[str, LayerConfig], dict[str, Tensor]]:
-    """The tensors, renamed ``<module>.lora.A.weight`` and so on, each module's configuration, and
-    the base's own weights that PEFT copied into the file, ``<module>.weight``.
+def read_directory(directory: Path) -> tuple[dict[str, Any], Content]:
+    """The factors, renamed ``<module>.lora.A.weight`` and so on, and what else the files hold.
 
     Where both are there, ``adapter_model.safetensors`` wins over ``adapter_model.bin``.
 
@@ -89,11 +86,13 @@ def read_directory(
         if not os.path.lexists(directory / name):
             raise ValueError(f"{name} is missing, only {other} is there; copy both files")
         refuse_strange_file(directory, name)
-    resolve = _resolver(_read_config(directory / CONFIG))
-    state: dict[str, Tensor] = {}
+    config = _read_config(directory / CONFIG)
+    resolve, saved = _resolver(config), config.get("modules_to_save") or []
+    state: dict[str, Any] = {}
     described: dict[str, LayerConfig] = {}
     problems: list[str] = []
-    copies: dict[str, Tensor] = {}
+    whole: dict[str, Any] = {}
+    copies: dict[str, Any] = {}
     path = directory / names[0]
     content = read_pickled(path) if old else dict(LazyTensors(path))
     for key, tensor in content.items():
@@ -101,9 +100,10 @@ def read_directory(
         head, prefix, rest = key.partition(PREFIX)
         factor = next((f for f, suffix in FACTORS.items() if rest.endswith(suffix)), None)
         name = rest.removesuffix(FACTORS[factor]) if factor else ""
-        layer_name, _, parameter = rest.rpartition(_COPY)
-        if layer_name and parameter in ("weight", "bias") and not strip_wrappers(head):
-            copies[f"{head}{layer_name}.{parameter}"] = tensor
+        if prefix and not factor and not strip_wrappers(head) and "lora_" not in rest:
+            plain = f"{head}{rest.replace(_BASE, '.')}"
+            bias = plain.endswith(".bias") and config.get("bias", "none") != "none"
+            (whole if bias or _is_saved(rest, saved) else copies)[plain] = tensor
             continue
         if not name or strip_wrappers(head):
             kind = next((k for part, k in _STRANGE_KEYS.items() if part in key), None)
@@ -126,7 +126,16 @@ def read_directory(
             )
     if problems:
         raise ValueError("\n  ".join(["not a LoRA adapter that can be loaded", *problems]))
-    return state, described, copies
+    tying = bool(config.get("ensure_weight_tying"))
+    return state, Content(
+        described=described, whole=whole, copies=copies, saved=tuple(saved), tying=tying
+    )
+
+
+def _is_saved(key: str, modules: Sequence[str]) -> bool:
+    """Whether PEFT takes the key for one of ``modules_to_save``, whose ends it compares."""
+    parts = key.split(".")
+    return any(".".join(parts[:end]).endswith(tuple(modules)) for end in range(1, len(parts)))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -140,8 +149,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     problems = []
     if config.get("peft_type") != "LORA":
         problems.append(f"peft_type is {config.get('peft_type')!r}, only 'LORA' is supported")
-    if config.get("bias", "none") != "none":
-        problems.append(f"bias is {config['bias']!r}: trained biases are not supported")
+    if config.get("bias", "none") not in BIASES:
+        problems.append(f"bias is {config['bias']!r}, expected one of {', '.join(BIASES)}")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(n, str) and n for n in saved):
+        problems.append(f"modules_to_save is {reprlib.repr(saved)}, expected a list of names")
     init = config.get("init_lora_weights")
     if (init.lower() if isinstance(init, str) else init) not in _PLAIN_INITS:
         problems.append(

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from ..linear.module import LoRALinear
 from .files import write_together
 from .peft_reading import CONFIG, FACTORS, PREFIX, TENSORS
+from .peft_wholes import task_type, whole_fields
 from .sharding import is_writer, whole
 from .targets import strip_wrappers
+from .wholes import whole_tensors
 
 
 def write_directory(
@@ -52,7 +54,10 @@ def _contents(
     configs = {name: layer.lora_config for name, layer in layers.items()}
     dropout = _common("dropout", {name: layer.dropout for name, layer in configs.items()})
     ranks = {name: layer.rank for name, layer in configs.items()}
-    factors = {name: (_copy(layer.lora.A), _copy(layer.lora.B)) for name, layer in layers.items()}
+    factors = {
+        name: (_copy(layer.lora.A.weight), _copy(layer.lora.B.weight))
+        for name, layer in layers.items()
+    }
     if fold_scale:
         widest, use_rslora = max(ranks.values()), False
         factors = {
@@ -73,9 +78,11 @@ def _contents(
         {n: int(a) if float(a).is_integer() else a for n, a in alphas.items()}
     )
     base = _innermost(model)
+    wholes = {name: _copy(tensor) for name, tensor in whole_tensors(model).items()}
+    fields, names = whole_fields(model, layers)
     config = {
         "peft_type": "LORA",
-        "task_type": _task_type(base),
+        "task_type": task_type(base, fields["modules_to_save"] or ()),
         "base_model_name_or_path": _base_name(base),
         "r": rank,
         "lora_alpha": alpha,
@@ -86,17 +93,16 @@ def _contents(
         "alpha_pattern": alpha_pattern,
         "use_rslora": use_rslora,
         "use_dora": False,
-        "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
+        **fields,
     }
     return {
         PREFIX + name + suffix: tensor
         for name, pair in factors.items()
         for suffix, tensor in zip(FACTORS.values(), pair, strict=True)
-    }, config
+    } | {PREFIX + key: wholes[name] for name, key in names.items()}, config
 
 
 def _common(field: str, values: Mapping[str, Any]) -> Any:
@@ -121,9 +127,8 @@ def _default_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     return default, {f"^{re.escape(name)}": values[name] for name in others}
 
 
-def _copy(factor: nn.Linear) -> Tensor:
-    weight = whole(factor.weight.detach())
-    return weight.cpu().clone(memory_format=torch.contiguous_format)
+def _copy(tensor: Tensor) -> Tensor:
+    return whole(tensor.detach()).cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _folded(name: str, a: Tensor, b: Tensor, scale: float, rank: int) -> tuple[Tensor, Tensor]:
@@ -142,13 +147,6 @@ def _folded(name: str, a: Tensor, b: Tensor, scale: float, rank: int) -> tuple[T
 def _innermost(model: nn.Module) -> nn.Module:
     """The model inside the wrappers that leave names alone."""
     return [module for name, module in model.named_modules() if not strip_wrappers(name)][-1]
-
-
-def _task_type(base: nn.Module) -> str | None:
-    if not callable(getattr(base, "prepare_inputs_for_generation", None)):
-        return None
-    two_parts = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    return "SEQ_2_SEQ_LM" if two_parts else "CAUSAL_LM"
 
 
 def _base_name(base: nn.Module) -> str | None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import LayerConfig
 from ..linear.module import DTYPES
+from .content import Content
 from .peft_reading import CONFIG, TENSORS, holds_peft_files, read_directory
 from .targets import strip_wrappers
 from .tensor_files import LazyTensors, read_checkpoint, read_pickled
@@ -25,29 +26,12 @@ SUFFIXES = {"A": ".lora.A.weight", "B": ".lora.B.weight"}
 METADATA, VERSION = "lora_kernels", 1
 # The adapter that lies beside a checkpoint of the whole model.
 BESIDE = "lora.safetensors"
+_OF_BUFFERS = (torch.int64, torch.int32, torch.bool)
 Value = TypeVar("Value")
 
 
 class AdapterMismatchError(ValueError):
     """An adapter file does not fit the model, or is not an adapter; the model is unchanged."""
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a file holds, by names without wrapper prefixes.
-
-    Attributes:
-        pairs: ``{module: {"A": [R, K], "B": [N, R]}}``.
-        described: configuration of each module, where the file says it.
-        copies: tensors of the base model that lie beside an adapter and belong to it if they are
-            not the model's own, ``{"<module>.weight": tensor}``.
-        base: tensors of a checkpoint of the whole model, each read when it is asked for.
-    """
-
-    pairs: dict[str, dict[str, Tensor]]
-    described: dict[str, LayerConfig]
-    copies: Mapping[str, Tensor] = field(default_factory=dict)
-    base: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def read_adapter(
@@ -60,7 +44,7 @@ def read_adapter(
         FileNotFoundError, AdapterMismatchError, ValueError: as `load_lora`.
     """
     content = read_content(Path(path))
-    return content.pairs, content.described
+    return {name: dict(pair) for name, pair in content.pairs.items()}, dict(content.described)
 
 
 def read_content(path: Path) -> Content:
@@ -70,7 +54,15 @@ def read_content(path: Path) -> Content:
         FileNotFoundError, AdapterMismatchError, ValueError: as `load_lora`.
     """
     state, content = _read(path)
-    return replace(content, pairs=_pairs(state, path))
+    pairs, problems = _pairs(state)
+    for name, tensor in {**content.whole, **content.copies}.items():
+        problems += tensor_problems(name, tensor, (*DTYPES, *_OF_BUFFERS))
+    if problems or not pairs:
+        what = "\n  ".join(problems or [f"it holds no tensors named ….{SUFFIXES['A'][1:]}"])
+        raise AdapterMismatchError(
+            f"{path} is not a LoRA adapter that can be loaded; nothing was changed.\n  {what}"
+        )
+    return replace(content, pairs=pairs)
 
 
 def holds_adapter(path: str | os.PathLike[str]) -> bool:
@@ -104,44 +96,54 @@ def _read(path: Path) -> tuple[dict[str, Any], Content]:
             return _read_directory(path)
         if not path.is_file():
             raise FileNotFoundError(f"no adapter file at {path}; check the path")
-        described: dict[str, LayerConfig] = {}
-        state: Mapping[str, Any]
         if kind == "torch":
-            state = read_pickled(path)
-        else:
-            state = LazyTensors(path)
-            described = _described(state.metadata.get(METADATA))
-        return _without_base(state, described)
+            return _sorted(read_pickled(path), None)
+        lazy = LazyTensors(path)
+        return _sorted(lazy, lazy.metadata.get(METADATA))
     except ValueError as error:
         raise AdapterMismatchError(f"{path}: {error}") from None
 
 
 def _read_directory(directory: Path) -> tuple[dict[str, Any], Content]:
     if holds_peft_files(directory):
-        state, described, copies = read_directory(directory)
-        return without_wrappers(state), Content({}, described, copies=without_wrappers(copies))
+        state, content = read_directory(directory)
+        whole, copies = without_wrappers(content.whole), without_wrappers(content.copies)
+        return without_wrappers(state), replace(content, whole=whole, copies=copies)
     if (directory / BESIDE).is_file():
         return _read(directory / BESIDE)
     checkpoint = read_checkpoint(directory)
     if checkpoint is not None and any(key.endswith(SUFFIXES["A"]) for key in checkpoint):
-        return _without_base(checkpoint, {})
+        return _sorted(checkpoint, None)
     raise FileNotFoundError(
         f"no adapter at {directory}: neither {TENSORS} nor {CONFIG} is there, nor {BESIDE}, nor a "
         f"checkpoint with keys that end in {SUFFIXES['A']}; check the path"
     )
 
 
-def _without_base(
-    state: Mapping[str, Any], described: dict[str, LayerConfig]
-) -> tuple[dict[str, Any], Content]:
-    """Take the model itself out, if it is there: the frozen weight of every adapted module."""
+def _sorted(state: Mapping[str, Any], metadata: str | None) -> tuple[dict[str, Any], Content]:
+    """Part the factors from what is trained whole, which metadata name, and from the base.
+
+    Without metadata, what has the frozen weight of every adapted module is a checkpoint of the
+    whole model; of anything else, what is no part of an adapted module is trained whole.
+    """
     names = without_wrappers({key: key for key in state})
-    adapted = [k.removesuffix(SUFFIXES["A"]) for k in names if k.endswith(SUFFIXES["A"])]
-    if not adapted or not all(f"{name}.weight" in names for name in adapted):
-        return {clean: state[key] for clean, key in names.items()}, Content({}, described)
     own = {clean: state[key] for clean, key in names.items() if ".lora." in clean}
-    base = {clean: key for clean, key in names.items() if clean not in own}
-    return own, Content({}, described, base=_Renamed(state, base))
+    rest = {clean: key for clean, key in names.items() if clean not in own}
+    adapted = [key.removesuffix(SUFFIXES["A"]) for key in own if key.endswith(SUFFIXES["A"])]
+    if metadata is not None:
+        described, listed, frozen = _described(metadata)
+        strange = {clean: state[key] for clean, key in rest.items() if clean not in listed}
+        return {**own, **strange}, Content(
+            described=described,
+            whole={clean: state[key] for clean, key in rest.items() if clean in listed},
+            frozen=frozenset(frozen),
+        )
+    weights = {f"{name}.weight" for name in adapted}
+    if adapted and weights <= rest.keys():
+        return own, Content(base=_Renamed(state, rest))
+    strange = {clean: state[key] for clean, key in rest.items() if clean in weights}
+    whole = {clean: state[key] for clean, key in rest.items() if clean not in weights and adapted}
+    return {**own, **strange}, Content(whole=whole)
 
 
 class _Renamed(Mapping[str, Tensor]):
@@ -176,35 +178,33 @@ def without_wrappers(named: Mapping[str, Value]) -> dict[str, Value]:
     return clean
 
 
-def _described(metadata: str | None) -> dict[str, LayerConfig]:
-    if metadata is None:
-        return {}
+def _described(metadata: str) -> tuple[dict[str, LayerConfig], list[str], list[str]]:
+    """Modules, and the names of what is trained whole and of what merely lies in the file."""
     try:
         content = json.loads(metadata)
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}, this library reads {VERSION}")
-        return {name: LayerConfig(**layer) for name, layer in content["modules"].items()}
+        layers = {name: LayerConfig(**layer) for name, layer in content["modules"].items()}
+        whole, frozen = content.get("whole", []), content.get("frozen", [])
+        if not all(isinstance(name, str) for name in (*whole, *frozen)):
+            raise TypeError("names of parameters must be text")
+        return layers, list(whole), list(frozen)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"its metadata cannot be read: {error!r}") from None
 
 
-def _pairs(state: Mapping[str, Any], path: Path) -> dict[str, dict[str, Tensor]]:
-    """Sort ``state`` into ``{module: {"A": …, "B": …}}``, or say what is wrong with it."""
+def _pairs(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Sort ``state`` into ``{module: {"A": …, "B": …}}``, and say what is wrong with it."""
     problems = []
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         factor = next((f for f, suffix in SUFFIXES.items() if key.endswith(suffix)), None)
         if factor is None:
             problems.append(f"unexpected key {key!r} (keys end in .lora.A.weight, .lora.B.weight)")
-        elif not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
-            came = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            problems.append(f"{key}: expected a floating-point tensor, found {came}")
-        elif tensor.layout != torch.strided:
-            problems.append(f"{key}: expected a dense tensor, found {tensor.layout}")
+        elif wrong := tensor_problems(key, tensor, DTYPES):
+            problems += wrong
         elif tensor.dim() != 2 or 0 in tensor.shape:
             problems.append(f"{key}: expected a matrix, found shape {tuple(tensor.shape)}")
-        elif not torch.isfinite(tensor).all():
-            problems.append(f"{key}: holds NaN or infinity")
         else:
             pairs.setdefault(key.removesuffix(SUFFIXES[factor]), {})[factor] = tensor
     for name, pair in pairs.items():
@@ -213,9 +213,14 @@ def _pairs(state: Mapping[str, Any], path: Path) -> dict[str, dict[str, Tensor]]
             for factor, suffix in SUFFIXES.items()
             if factor not in pair and name + suffix not in state
         ]
-    if problems or not pairs:
-        what = "\n  ".join(problems) if problems else "it holds no tensors"
-        raise AdapterMismatchError(
-            f"{path} is not a LoRA adapter that can be loaded; nothing was changed.\n  {what}"
-        )
-    return pairs
+    return pairs, problems
+
+
+def tensor_problems(key: str, tensor: Any, dtypes: Sequence[torch.dtype]) -> list[str]:
+    """What is wrong with a value of a file, whatever it is for."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
+        came = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        return [f"{key}: expected a floating-point tensor, found {came}"]
+    if tensor.layout != torch.strided:
+        return [f"{key}: expected a dense tensor, found {tensor.layout}"]
+    return [] if torch.isfinite(tensor).all() else [f"{key}: holds NaN or infinity"]

@@ -4,7 +4,8 @@ Three kinds, told apart by the path:
 
 - ``.pth`` / ``.pt``: torch's format, the plain dictionary ``{"<module>.lora.A.weight": tensor}``.
   It says nothing of alpha or dropout; on a model without LoRA it loads with scale 1.
-- ``.safetensors``: the same keys; rank, alpha, rsLoRA and dropout of each module as metadata.
+- ``.safetensors``: the same keys; rank, alpha, rsLoRA and dropout of each module as metadata, and
+  which tensors are no factors but trained whole.
 - an existing directory, or a new path without a suffix: PEFT's two files, see `peft_reading`.
 
 Read, but not written, are also checkpoints of the whole model with its LoRALinears in it, as
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -31,10 +33,12 @@ from .peft_writing import write_directory
 from .reading import METADATA, SUFFIXES, VERSION, kind_of, read_content, without_wrappers
 from .sharding import cut_like, is_writer, refuse_flattened, reshard, whole
 from .surgery import insert_lora, lora_layers, require_lora
+from .wholes import DEFAULT, insert_wholes, whole_slots, whole_tensors
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """``{"<module>.lora.A.weight": [R, K], "<module>.lora.B.weight": [N, R]}``, detached.
+    """``{"<module>.lora.A.weight": [R, K], "<module>.lora.B.weight": [N, R]}``, detached, and what
+    is trained whole under the names that it has in the model's own state dict.
 
     Wrapper prefixes are dropped from the names. The tensors share storage with the model; those of
     a sharded model (FSDP2) are gathered, for which every process must make this call.
@@ -43,7 +47,8 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
         ValueError: the model carries no LoRA, or FSDP1 has flattened it.
     """
     layers = without_wrappers(require_lora(model, "lora_state_dict"))
-    return {key: whole(factor.detach()) for key, factor in _factors(model, layers).items()}
+    tensors = {**_factors(model, layers), **whole_tensors(model)}
+    return {key: whole(tensor.detach()) for key, tensor in tensors.items()}
 
 
 def save_lora(model: nn.Module, path: str | os.PathLike[str], *, fold_scale: bool = False) -> None:
@@ -78,20 +83,31 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str], *, fold_scale: boo
         return
     if fold_scale:
         raise ValueError(f"fold_scale is for a directory in PEFT's format, got {str(path)!r}")
-    state = {key: whole(factor.detach()).cpu().contiguous() for key, factor in factors.items()}
+    wholes = whole_tensors(model)
+    frozen = [name for name, slot in whole_slots(model, DEFAULT).items() if slot.is_frozen(DEFAULT)]
+    if kind == "torch" and frozen:
+        raise ValueError(
+            f"a {path.suffix} file cannot say that {frozen[0]!r} is the base's; save to a "
+            ".safetensors file or a directory"
+        )
+    # A tensor that is a view would drag its whole storage into the file, or be refused.
+    state = {
+        key: whole(tensor.detach()).cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in {**factors, **wholes}.items()
+    }
     if not is_writer(factors.values()):
         return
     if kind == "torch":
-        # A tensor that is a view would drag its whole storage into the file.
-        plain = {key: tensor.clone() for key, tensor in state.items()}
-        write_atomically(path, lambda temporary: torch.save(plain, temporary))
-    else:
-        modules = {name: asdict(layer.lora_config) for name, layer in layers.items()}
-        metadata = {
-            "format": "pt",
-            METADATA: json.dumps({"version": VERSION, "modules": modules}),
-        }
-        write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
+        return
+    description: dict[str, Any] = {
+        "version": VERSION,
+        "modules": {name: asdict(layer.lora_config) for name, layer in layers.items()},
+    }
+    if wholes:
+        description |= {"whole": list(wholes), "frozen": frozen}
+    metadata = {"format": "pt", METADATA: json.dumps(description)}
+    write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
 
 
 def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> list[str]:
@@ -124,7 +140,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
     path = Path(path)
     content = read_content(path)
     _factors(model, without_wrappers(lora_layers(model)))  # refuses what FSDP1 has flattened
-    loaded, inserted = fit(model, path, content, strict)
+    loaded, inserted, wholes = fit(model, path, content, strict)
     if inserted:
         insert_lora(model, inserted)
         if content.base and not content.described:
@@ -133,8 +149,18 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
                 "were loaded with scale 1; call apply_lora with the alpha of the training first",
                 stacklevel=2,
             )
+    insert_wholes(model, wholes.inserted, frozen=wholes.frozen)
+    if wholes.replaced:
+        warnings.warn(
+            f"{path} holds {', '.join(wholes.replaced)} of its base, which differs from the "
+            "model's: it is used with the adapter; disable_lora and remove_lora bring back yours",
+            stacklevel=2,
+        )
     layers = without_wrappers(lora_layers(model))
     with torch.no_grad():
+        targets = whole_tensors(model)
+        for name, tensor in wholes.loaded.items():
+            targets[name].copy_(cut_like(targets[name], tensor))
         for name in loaded:
             for factor, tensor in content.pairs[name].items():
                 weight = getattr(layers[name].lora, factor).weight

@@ -14,7 +14,16 @@ from torch import nn
 from ..config import LayerConfig, LoRAConfig
 from ..linear.module import DISABLED, MERGED, LoRALinear
 from .sharding import refuse_sharded, reshard
-from .targets import find_targets, refuse_second_application, strip_wrappers
+from .targets import find_targets, find_whole_modules, refuse_second_application, strip_wrappers
+from .wholes import (
+    bare,
+    drop_wholes,
+    insert_wholes,
+    names_inside,
+    refusals,
+    slots,
+    whole_parameters,
+)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -35,6 +44,8 @@ def apply_lora(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
+    modules_to_save: Sequence[str] | None = None,
+    bias: str = "none",
     verbose: bool = True,
     config: LoRAConfig | None = None,
 ) -> list[str]:
@@ -45,8 +56,9 @@ def apply_lora(
     Args:
         model: any module; its linears are adapted wherever they sit.
         rank, alpha, dropout, target_modules, exclude_modules, rank_pattern, alpha_pattern,
-            use_rslora: see `LoRAConfig`.
-        verbose: print ``apply lora on module: <name>`` for each.
+            use_rslora, modules_to_save, bias: see `LoRAConfig`.
+        verbose: print ``apply lora on module: <name>`` for each, and ``train module whole: <name>``
+            for those that are trained and saved whole.
         config: all of the above at once; the others must then be left at their defaults.
 
     Returns:
@@ -55,7 +67,8 @@ def apply_lora(
     Raises:
         TypeError: a target is not exactly an ``nn.Linear`` with a floating-point weight.
         ValueError: a target matches nothing, the model carries LoRA already, a weight is tied to
-            another module or sharded, or an argument is out of range. The model is left as it was.
+            another module or sharded, a module to save cannot be trained, or an argument is out of
+            range. The model is left as it was.
     """
     given = LoRAConfig(
         rank=rank,
@@ -66,6 +79,8 @@ def apply_lora(
         rank_pattern=rank_pattern or {},
         alpha_pattern=alpha_pattern or {},
         use_rslora=use_rslora,
+        modules_to_save=modules_to_save,
+        bias=bias,
     )
     if config is None:
         config = given
@@ -73,12 +88,34 @@ def apply_lora(
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
     elif given != LoRAConfig():
         raise ValueError("config and its single arguments were both given; use one of the two")
-    names = find_targets(model, config)
+    whole_modules = find_whole_modules(model, config)
+    names = find_targets(model, config, whole_modules)
+    wholes = _parameters_to_save(model, config.bias, names, whole_modules)
+    if problems := refusals(model, wholes):
+        raise ValueError(f"cannot train what modules_to_save or bias asks for: {problems[0]}")
     insert_lora(model, {name: config.layer(strip_wrappers(name)) for name in names})
+    insert_wholes(model, wholes)
     if verbose:
         for name in names:
             print(f"apply lora on module: {name}")
+        for name in whole_modules:
+            print(f"train module whole: {name}")
     return names
+
+
+def _parameters_to_save(
+    model: nn.Module, bias: str, targets: Sequence[str], modules: Sequence[str]
+) -> list[str]:
+    """Clean names of the parameters and buffers that are trained whole, in module order."""
+    inside = set(names_inside(model, modules))
+    adapted = {f"{strip_wrappers(name)}.bias" for name in targets}
+    return [
+        name
+        for name, slot in slots(model).items()
+        if name in inside
+        or (bias == "all" and slot.attribute == "bias")
+        or (bias == "lora_only" and name in adapted)
+    ]
 
 
 def insert_lora(model: nn.Module, layers: Mapping[str, LayerConfig]) -> None:
@@ -142,17 +179,19 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
     if any(layer._lora_state == MERGED for layer in layers):
         raise ValueError("disable_lora inside merged_lora; leave the merged_lora block first")
     before = [layer._lora_state for layer in layers]
-    try:
-        for layer in layers:
-            layer._lora_state = DISABLED
-        yield
-    finally:
-        for layer, state in zip(layers, before, strict=True):
-            layer._lora_state = state
+    with bare(model):
+        try:
+            for layer in layers:
+                layer._lora_state = DISABLED
+            yield
+        finally:
+            for layer, state in zip(layers, before, strict=True):
+                layer._lora_state = state
 
 
 def remove_lora(model: nn.Module) -> list[str]:
-    """Take the adapter out: every LoRALinear becomes the ``nn.Linear`` it was made from.
+    """Take the adapter out: every LoRALinear becomes the ``nn.Linear`` it was made from, and what
+    was trained whole what it was before.
 
     Returns:
         The names of the modules.
@@ -165,12 +204,13 @@ def remove_lora(model: nn.Module) -> list[str]:
     if any(layer._lora_state == MERGED for layer in layers.values()):
         raise ValueError("remove_lora inside merged_lora; leave the merged_lora block first")
     refuse_sharded_layers(model, layers)
+    drop_wholes(model)
     replace_modules(model, {id(layer): layer.to_linear() for layer in layers.values()})
     return list(layers)
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
-    """Set ``requires_grad`` on the parameters of A and B, and clear it on all others.
+    """Set ``requires_grad`` on `lora_parameters`, and clear it on all others.
 
     Raises:
         ValueError: the model carries no LoRA.
@@ -181,14 +221,16 @@ def mark_only_lora_as_trainable(model: nn.Module) -> None:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of A and B of every LoRALinear, in module order, as a list to use many times.
+    """The weights of A and B of every LoRALinear, in module order, and then the parameters that are
+    trained whole (``modules_to_save``, ``bias``), as a list to use many times.
 
     Raises:
         ValueError: the model carries no LoRA.
     """
     layers = require_lora(model, "lora_parameters")
     reshard(model)
-    return [p for layer in layers.values() for p in layer.lora.parameters()]
+    factors = [p for layer in layers.values() for p in layer.lora.parameters()]
+    return factors + whole_parameters(model)
 
 
 def require_lora(model: nn.Module, caller: str) -> dict[str, LoRALinear]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from ..config import LoRAConfig, ends_in
 from ..linear.module import LoRALinear
+from .heads import classifier_heads, is_head_name
 
 # Wrappers put these into module names; adapters are the same with and without them.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -20,8 +21,35 @@ def strip_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
+def find_whole_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Names of the modules of ``model`` that are trained whole, in module order.
+
+    Raises:
+        ValueError: a name of ``modules_to_save`` matches none, or one without parameters.
+    """
+    named = config.modules_to_save
+    modules = dict(model.named_modules())
+    for suffix in named or ():
+        matches = [name for name in modules if _ends_in(name, suffix)]
+        if not matches:
+            close = difflib.get_close_matches(suffix, [strip_wrappers(n) for n in modules], n=3)
+            hint = f"; did you mean {close}?" if close else ""
+            raise ValueError(f"modules_to_save has {suffix!r}, which is no module{hint}")
+        for name in matches:
+            if not any(True for _ in modules[name].parameters()):
+                raise ValueError(f"modules_to_save has {suffix!r}: {name!r} has no parameters")
+    heads = [] if named is not None and not named else classifier_heads(model)
+    return [
+        name
+        for name in modules
+        if name in heads or any(_ends_in(name, suffix) for suffix in named or ())
+    ]
+
+
+def find_targets(model: nn.Module, config: LoRAConfig, left_out: Sequence[str] = ()) -> list[str]:
     """Names of the modules that ``config`` targets in ``model``, in module order.
+
+    Modules inside of ``left_out``, which are trained whole, are not among them.
 
     Raises:
         ValueError, TypeError: as `apply_lora`.
@@ -38,10 +66,14 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         wish = "a square linear (in_features == out_features)"
     elif target == "all-linear":
         head = _output_head(model)
+        heads = classifier_heads(model)
         found = [
             name
             for name, m in linears.items()
-            if type(m) is nn.Linear and m is not head and not _is_head_name(name)
+            if type(m) is nn.Linear
+            and m is not head
+            and not is_head_name(strip_wrappers(name))
+            and not _is_inside(name, heads)
         ]
         wish = "an nn.Linear"
     elif isinstance(target, str):
@@ -64,7 +96,14 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         kept = [name for name in found if not re.fullmatch(excluded, strip_wrappers(name))]
     else:
         kept = [n for n in found if not any(_ends_in(n, suffix) for suffix in excluded or ())]
+    whole = [name for name in kept if _is_inside(name, left_out)]
+    kept = [name for name in kept if name not in whole]
     if not kept:
+        if whole:
+            raise ValueError(
+                f"all of the modules targeted are trained whole, as {whole[0]!r} is; target others "
+                "too, or leave it out of modules_to_save (a classifier's head by an empty list)"
+            )
         if found:
             raise ValueError(f"exclude_modules leaves none of the {len(found)} modules targeted")
         raise ValueError(_no_match(wish, target if isinstance(target, str) else "", linears))
@@ -95,9 +134,8 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _is_head_name(name: str) -> bool:
-    clean = strip_wrappers(name)
-    return clean == "output" or clean.rpartition(".")[2] == "lm_head"
+def _is_inside(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _no_match(wish: str, word: str, linears: Mapping[str, nn.Module]) -> str:

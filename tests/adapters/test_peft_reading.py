@@ -35,8 +35,13 @@ CONFIGS = {
     "peft type": ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
     "no peft type": ({"peft_type": DROP}, "peft_type is None"),
     "dora": ({"use_dora": True}, "use_dora is True: DoRA"),
-    "bias": ({"bias": "lora_only"}, "bias is 'lora_only'"),
-    "modules to save": ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
+    "bias": ({"bias": "some"}, "bias is 'some', expected one of none, lora_only, all"),
+    "modules to save": ({"modules_to_save": "gate"}, "modules_to_save is 'gate', expected a list"),
+    "no name": ({"modules_to_save": [""]}, r"modules_to_save is \[''\], expected a list of names"),
+    "module absent": (
+        {"modules_to_save": ["embed"]},
+        "missing from the file: embed, of modules_to",
+    ),
     "lora bias": ({"lora_bias": True}, "lora_bias is True"),
     "fan in": ({"fan_in_fan_out": True}, "fan_in_fan_out is True: transposed"),
     "replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is"),
@@ -174,7 +179,7 @@ TENSOR_DAMAGE = {
     strange_prefix: r"unexpected key 'x\.base_model\.model\.gate",
     no_name: r"unexpected key 'base_model\.model\.lora_A\.weight'",
     embedding: r"unexpected key .*lora_embedding_A' \(this is LoRA on an embedding\)",
-    embedding_weight: r"unexpected key 'base_model\.model\.embed\.weight'",
+    embedding_weight: r"unexpected key 'embed\.weight': it is the base's",
     magnitude: r"\(this is DoRA\)",
     lora_bias: r"\(this is lora_bias\)",
     stranger: r"blocks\.7\.q",
@@ -316,11 +321,11 @@ def test_the_bases_own_copy_is_passed_over_if_it_is_the_models(tmp_path):
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("gate.base_layer.weight", torch.ones(8, 8), r"gate\.weight: .* copy of the base's"),
-        ("gate.base_layer.weight", torch.ones(9, 8), r"copy of the base's, \[9, 8\], .*\[8, 8\]"),
-        ("gate.base_layer.bias", torch.full((8,), torch.nan), r"gate\.bias: .* copy of the base's"),
-        ("gone.base_layer.weight", torch.ones(8, 8), r"gone\.weight .* no such parameter"),
-        ("gate.base_layer.scale", torch.ones(8, 8), "unexpected key"),
+        ("gate.base_layer.weight", torch.ones(8, 8), r"'gate\.weight': it is the base's, and ano"),
+        ("gate.base_layer.weight", torch.ones(9, 8), r"gate\.weight: expected \[8, 8\], found \[9"),
+        ("gate.base_layer.bias", torch.full((8,), torch.nan), r"gate\.bias: holds NaN"),
+        ("gone.base_layer.weight", torch.ones(8, 8), r"'gone\.weight': the model has no such"),
+        ("gate.base_layer.scale", torch.ones(8, 8), "'gate.scale': the model has no such"),
     ],
 )
 def test_another_bases_copy_is_refused(tmp_path, name, tensor, message):

@@ -81,7 +81,7 @@ def test_a_model_without_lora_is_no_adapter(tmp_path):
     base("qwen2").save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="nor a checkpoint with keys that end in"):
         load_lora(base("qwen2"), tmp_path)
-    with pytest.raises(AdapterMismatchError, match="unexpected key"):
+    with pytest.raises(AdapterMismatchError, match="it holds no tensors named"):
         load_lora(base("qwen2"), tmp_path / "model.safetensors")
 
 

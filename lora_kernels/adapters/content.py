@@ -1,0 +1,37 @@
+"""What a file holds of an adapter, as its readers give it to those who fit it to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..config import LayerConfig
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file holds, by names without wrapper prefixes.
+
+    Attributes:
+        pairs: ``{module: {"A": [R, K], "B": [N, R]}}``.
+        described: configuration of each module, where the file says it.
+        whole: parameters trained whole, ``{"<module>.<parameter>": tensor}``.
+        frozen: names in ``whole`` that are not trained on.
+        copies: tensors of the base model that lie beside an adapter, and belong to it where they
+            are not the model's own.
+        base: tensors of a checkpoint of the whole model, each read when it is asked for.
+        saved: ends of the names of modules that the file has whole, where the model has such.
+        tying: parameters that the model ties to one in ``whole`` follow it.
+    """
+
+    pairs: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    described: Mapping[str, LayerConfig] = field(default_factory=dict)
+    whole: Mapping[str, Any] = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
+    copies: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=dict)
+    saved: tuple[str, ...] = ()
+    tying: bool = False
