@@ -19,7 +19,6 @@ class Content:
         pairs: ``{module: {"A": [R, K], "B": [N, R]}}``.
         described: configuration of each module, where the file says it.
         whole: parameters trained whole, ``{"<module>.<parameter>": tensor}``.
-        frozen: names in ``whole`` that are not trained on.
         copies: tensors of the base model that lie beside an adapter, and belong to it where they
             are not the model's own.
         base: tensors of a checkpoint of the whole model, each read when it is asked for.
@@ -30,7 +29,6 @@ class Content:
     pairs: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     described: Mapping[str, LayerConfig] = field(default_factory=dict)
     whole: Mapping[str, Any] = field(default_factory=dict)
-    frozen: frozenset[str] = frozenset()
     copies: Mapping[str, Any] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
     saved: tuple[str, ...] = ()

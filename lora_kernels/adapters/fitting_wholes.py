@@ -21,15 +21,14 @@ class WholeFit(NamedTuple):
     Attributes:
         loaded: tensors to copy into the adapter's parameters and buffers, by clean name.
         inserted: names of those that the adapter has to be given first.
-        frozen: names among these that are not trained on.
-        replaced: names among these that the file has of the base, and that differ from the model's.
+        frozen: those among them that the file has of the base, not trained, and that differ from
+            the model's.
         problems: what does not fit, a sentence each.
     """
 
     loaded: dict[str, Tensor]
     inserted: list[str]
     frozen: list[str]
-    replaced: list[str]
     problems: list[str]
 
 
@@ -40,6 +39,7 @@ def fit_wholes(
     found = slots(model)
     own = whole_slots(model, adapter)
     problems: list[str] = []
+    copies: dict[str, Tensor] = {}
     if content.base:
         wanted = names_inside(model, classifier_heads(model)) if fresh else list(own)
         values = {n: content.base[t] for n in wanted if (t := _there(found, n, content.base))}
@@ -53,8 +53,7 @@ def fit_wholes(
         beside = {name: t for name, t in content.copies.items() if name not in values}
         copies, strange = _differing(model, found, beside)
         problems += strange
-        frozen = {*content.frozen, *copies}
-        missing = [name for name in own if name not in values and name not in frozen]
+        missing = [n for n in own if n not in values and not own[n].is_frozen(adapter)]
         if not fresh:
             unexpected = [name for name in values if name in found and name not in own]
             if strict and unexpected:
@@ -77,9 +76,8 @@ def fit_wholes(
     ]
     inserted = [name for name in values if name in found and name not in own]
     problems += refusals(model, inserted)
-    replaced = [] if content.base else [name for name in inserted if name in copies]
-    held_still = [] if content.base else [name for name in inserted if name in frozen]
-    return WholeFit(values, inserted, held_still, replaced, problems)
+    frozen = [name for name in inserted if name in copies]
+    return WholeFit(values, inserted, frozen, problems)
 
 
 def _absent(model: nn.Module, content: Content) -> list[str]:

@@ -31,7 +31,8 @@ from .tensor_files import LazyTensors, read_pickled
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
-_BASE = ".base_layer."
+# PEFT's own parts of names: with bias="all" it saves a module's bias by all of them.
+_BASE, _SAVED, _ORIGINAL = ".base_layer.", ".modules_to_save.", ".original_module."
 FACTORS = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
 
 # Fields of adapter_config.json that leave what a loaded adapter computes as it is: they say where
@@ -101,7 +102,9 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], Content]:
         factor = next((f for f, suffix in FACTORS.items() if rest.endswith(suffix)), None)
         name = rest.removesuffix(FACTORS[factor]) if factor else ""
         if prefix and not factor and not strip_wrappers(head) and "lora_" not in rest:
-            plain = f"{head}{rest.replace(_BASE, '.')}"
+            if _ORIGINAL in rest:
+                continue
+            plain = f"{head}{rest.replace(_BASE, '.').replace(_SAVED, '.')}"
             bias = plain.endswith(".bias") and config.get("bias", "none") != "none"
             (whole if bias or _is_saved(rest, saved) else copies)[plain] = tensor
             continue

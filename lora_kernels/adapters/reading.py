@@ -131,19 +131,20 @@ def _sorted(state: Mapping[str, Any], metadata: str | None) -> tuple[dict[str, A
     rest = {clean: key for clean, key in names.items() if clean not in own}
     adapted = [key.removesuffix(SUFFIXES["A"]) for key in own if key.endswith(SUFFIXES["A"])]
     if metadata is not None:
-        described, listed, frozen = _described(metadata)
+        described, whole, copies = _described(metadata)
+        listed = {*whole, *copies}
         strange = {clean: state[key] for clean, key in rest.items() if clean not in listed}
         return {**own, **strange}, Content(
             described=described,
-            whole={clean: state[key] for clean, key in rest.items() if clean in listed},
-            frozen=frozenset(frozen),
+            whole={clean: state[key] for clean, key in rest.items() if clean in whole},
+            copies={clean: state[key] for clean, key in rest.items() if clean in copies},
         )
     weights = {f"{name}.weight" for name in adapted}
     if adapted and weights <= rest.keys():
         return own, Content(base=_Renamed(state, rest))
     strange = {clean: state[key] for clean, key in rest.items() if clean in weights}
-    whole = {clean: state[key] for clean, key in rest.items() if clean not in weights and adapted}
-    return {**own, **strange}, Content(whole=whole)
+    plain = {clean: state[key] for clean, key in rest.items() if clean not in weights and adapted}
+    return {**own, **strange}, Content(whole=plain)
 
 
 class _Renamed(Mapping[str, Tensor]):
@@ -179,16 +180,16 @@ def without_wrappers(named: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def _described(metadata: str) -> tuple[dict[str, LayerConfig], list[str], list[str]]:
-    """Modules, and the names of what is trained whole and of what merely lies in the file."""
+    """Modules, and the names of what is trained whole and of what is the base's."""
     try:
         content = json.loads(metadata)
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}, this library reads {VERSION}")
         layers = {name: LayerConfig(**layer) for name, layer in content["modules"].items()}
-        whole, frozen = content.get("whole", []), content.get("frozen", [])
-        if not all(isinstance(name, str) for name in (*whole, *frozen)):
+        whole, copies = content.get("whole", []), content.get("copies", [])
+        if not all(isinstance(name, str) for name in (*whole, *copies)):
             raise TypeError("names of parameters must be text")
-        return layers, list(whole), list(frozen)
+        return layers, list(whole), list(copies)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"its metadata cannot be read: {error!r}") from None
 

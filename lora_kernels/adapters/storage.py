@@ -105,7 +105,8 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str], *, fold_scale: boo
         "modules": {name: asdict(layer.lora_config) for name, layer in layers.items()},
     }
     if wholes:
-        description |= {"whole": list(wholes), "frozen": frozen}
+        trained = [name for name in wholes if name not in frozen]
+        description |= {"whole": trained, "copies": frozen}
     metadata = {"format": "pt", METADATA: json.dumps(description)}
     write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
 
@@ -150,9 +151,9 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
                 stacklevel=2,
             )
     insert_wholes(model, wholes.inserted, frozen=wholes.frozen)
-    if wholes.replaced:
+    if wholes.frozen:
         warnings.warn(
-            f"{path} holds {', '.join(wholes.replaced)} of its base, which differs from the "
+            f"{path} holds {', '.join(wholes.frozen)} of its base, which differs from the "
             "model's: it is used with the adapter; disable_lora and remove_lora bring back yours",
             stacklevel=2,
         )
