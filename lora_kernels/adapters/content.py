@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,3 +33,19 @@ class Content:
     base: Mapping[str, Any] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
     tying: bool = False
+
+
+class RenamedTensors(Mapping[str, Any]):
+    """Entries of a mapping under other names (new to old), each read when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Any], names: Mapping[str, str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Any:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -42,7 +42,7 @@ _INERT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config",
     "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
-    "target_modules", "task_type",
+    "target_modules", "task_type", "velora_config",
 }
 _READ = {
     "alpha_pattern", "bias", "ensure_weight_tying", "init_lora_weights", "lora_alpha",
@@ -60,7 +60,7 @@ _REFUSED = {
     "trainable_token_indices": "trained tokens beside the adapter are not supported",
     "use_dora": "DoRA is not supported; merge it in PEFT",
 }
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _STRANGE_KEYS = {
     "lora_embedding_": "LoRA on an embedding",
     "lora_magnitude_vector": "DoRA",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import LayerConfig
 from ..linear.module import DTYPES
-from .content import Content
+from .content import Content, RenamedTensors
 from .peft_reading import CONFIG, TENSORS, holds_peft_files, read_directory
 from .targets import strip_wrappers
 from .tensor_files import LazyTensors, read_checkpoint, read_pickled
@@ -141,26 +141,10 @@ def _sorted(state: Mapping[str, Any], metadata: str | None) -> tuple[dict[str, A
         )
     weights = {f"{name}.weight" for name in adapted}
     if adapted and weights <= rest.keys():
-        return own, Content(base=_Renamed(state, rest))
+        return own, Content(base=RenamedTensors(state, rest))
     strange = {clean: state[key] for clean, key in rest.items() if clean in weights}
     plain = {clean: state[key] for clean, key in rest.items() if clean not in weights and adapted}
     return {**own, **strange}, Content(whole=plain)
-
-
-class _Renamed(Mapping[str, Tensor]):
-    """Some entries of a mapping under other names, each read when it is asked for."""
-
-    def __init__(self, state: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
-        self._state, self._names = state, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._state[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def without_wrappers(named: Mapping[str, Value]) -> dict[str, Value]:

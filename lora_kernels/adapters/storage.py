@@ -30,7 +30,16 @@ from ..linear.module import LoRALinear
 from .files import write_atomically
 from .fitting import fit
 from .peft_writing import write_directory
-from .reading import METADATA, SUFFIXES, VERSION, kind_of, read_content, without_wrappers
+from .reading import (
+    METADATA,
+    SUFFIXES,
+    VERSION,
+    AdapterMismatchError,
+    kind_of,
+    read_content,
+    without_wrappers,
+)
+from .renaming import with_todays_names
 from .sharding import cut_like, is_writer, refuse_flattened, reshard, whole
 from .surgery import insert_lora, lora_layers, require_lora
 from .wholes import DEFAULT, insert_wholes, whole_slots, whole_tensors
@@ -139,11 +148,16 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
         ValueError: another suffix, or FSDP1 has flattened the model.
     """
     path = Path(path)
-    content = read_content(path)
+    content = with_todays_names(model, read_content(path))
     _factors(model, without_wrappers(lora_layers(model)))  # refuses what FSDP1 has flattened
     loaded, inserted, wholes = fit(model, path, content, strict)
     if inserted:
-        insert_lora(model, inserted)
+        try:
+            insert_lora(model, inserted)
+        except (TypeError, ValueError) as error:
+            raise AdapterMismatchError(
+                f"{path} does not fit the model; nothing was loaded.\n  {error}"
+            ) from None
         if content.base and not content.described:
             warnings.warn(
                 f"{path} is a checkpoint of the whole model, which does not say alpha: A and B "

@@ -147,3 +147,26 @@ def test_loading_onto_other_modules_is_refused(tmp_path):
         load_lora(target, tmp_path / "a.pth")
     twin = copy.deepcopy(source)
     assert isinstance(twin.gate, LoRALinear)
+
+
+def test_a_tied_head_in_the_file_is_refused_by_its_name_and_path(tmp_path):
+    pair = {"lm_head.lora.A.weight": torch.ones(2, 8), "lm_head.lora.B.weight": torch.ones(10, 2)}
+    torch.save(pair, tmp_path / "a.pth")
+    model = Model()
+    before = snapshot(model)
+    with pytest.raises(
+        AdapterMismatchError, match=r"a\.pth does not .*(?s:.)*'lm_head' shares its"
+    ):
+        load_lora(model, tmp_path / "a.pth")
+    assert snapshot(model)[0] == before[0]
+
+
+def test_an_encoder_layer_in_the_file_is_refused_by_its_name_and_path(tmp_path):
+    model = nn.TransformerEncoderLayer(8, 2, 8)
+    torch.save(
+        {"linear1.lora.A.weight": torch.ones(2, 8), "linear1.lora.B.weight": torch.ones(8, 2)},
+        tmp_path / "a.pth",
+    )
+    with pytest.raises(AdapterMismatchError, match=r"a\.pth does not .*(?s:.)*'linear1' is in an"):
+        load_lora(model, tmp_path / "a.pth")
+    assert type(model.linear1) is nn.Linear

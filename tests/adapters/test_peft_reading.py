@@ -54,7 +54,7 @@ CONFIGS = {
     "unknown": ({"use_next_year": {"a": 1}}, "use_next_year is .*does not know"),
 } | {
     init: ({"init_lora_weights": init}, f"init_lora_weights is '{init}'.*rewritten the base")
-    for init in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "mica", "new")
+    for init in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "new")
 }
 
 
@@ -86,6 +86,7 @@ def test_all_that_is_wrong_with_a_config_is_said_at_once(tmp_path):
     [
         {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
         {"init_lora_weights": False},
+        {"init_lora_weights": "mica"},
         {"init_lora_weights": "Gaussian"},
         {"layers_to_transform": [0], "layers_pattern": "blocks"},
         {"target_modules": "all-linear", "exclude_modules": ["x"], "revision": "main"},
