@@ -16,10 +16,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-# Philox4x32 passes BigCrush from 7 rounds on (Salmon et al., SC 2011, table 2). The usual 10 would
-# make the pass over x wait for its integer arithmetic.
-PHILOX_ROUNDS = tl.constexpr(7)
-
 
 @triton.jit
 def grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
@@ -32,11 +28,13 @@ def grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 # Whether Triton's interpreter runs these kernels; decided by Triton itself when it decorates.
+# Helpers read it as a default, and no other constant of a module: before Triton 3.8, the key of a
+# kernel has those that its helpers read in their bodies, or not, by which kernel came first.
 INTERPRETED = tl.constexpr(isinstance(grouped_tile, InterpretedFunction))
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr = INTERPRETED):
     """``acc + a·b`` in float32. The interpreter would multiply bfloat16's bit patterns."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
@@ -44,7 +42,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def cast(value, DTYPE: tl.constexpr):
+def cast(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr = INTERPRETED):
     """``value`` in DTYPE, rounded to nearest. The interpreter would cut bfloat16 short."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
         word = value.to(tl.float32).to(tl.uint32, bitcast=True)
@@ -71,7 +69,9 @@ def draw_bytes(seed, rows, byte_cols, threshold):
     row = (rows.to(tl.int32)[:, None] + 0 * byte_cols[None, :]).to(tl.int32)
     col = (byte_cols[None, :] + 0 * rows[:, None]).to(tl.int32)
     zero = row * 0
-    w0, w1, w2, w3 = tl.philox(seed, col, row, zero, zero, PHILOX_ROUNDS)
+    # Philox4x32 passes BigCrush from 7 rounds on (Salmon et al., SC 2011, table 2); the usual 10
+    # would make the pass over x wait for its integer arithmetic.
+    w0, w1, w2, w3 = tl.philox(seed, col, row, zero, zero, 7)
     bits = _two_bits(w0, threshold)
     bits |= _two_bits(w1, threshold) << 2
     bits |= _two_bits(w2, threshold) << 4
