@@ -1,4 +1,4 @@
-"""``python -m lora_kernels``: check this machine's kernels, list what kernels take of a GPU."""
+"""``python -m lora_kernels``: check kernels, list what they take of a GPU, pack and adopt them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import __version__
 from .kernels import KERNELS
-from .proof.commands import TARGETS, run_check, run_resources
+from .proof.commands import TARGETS, run_adopt, run_check, run_pack, run_resources
 
 LAYERS = "layers"
 _CHECK = """\
@@ -55,12 +55,41 @@ examples:
   python -m lora_kernels resources --target sm_90               H100, H200
   python -m lora_kernels resources --target sm_80 --only da     one kernel, A100"""
 
+_PACK = """\
+Compile what `check` runs on a GPU, and the layers of Llama-3-8B and MiniMind by every strategy in
+bfloat16 at rank 16, without that GPU, and pack the machine code into one file. There `adopt` puts
+it where Triton looks before it compiles, which takes minutes off the first run.
+
+The number of multiprocessors is taken to be that of the largest GPU of its kind; on another one,
+some kernels compile as ever."""
+
+_PACK_NEXT = """\
+exit status: 0 if all is packed; 1 if something did not compile, and the rest is packed; 2 for a
+mistake on the command line, or a file that cannot be written.
+
+examples:
+  python -m lora_kernels pack --target sm_90 kernels.pack       H100, H200
+  python -m lora_kernels adopt kernels.pack                     there, before anything else"""
+
+_ADOPT = """\
+Put the kernels of a pack into Triton's cache (~/.triton/cache, or what TRITON_CACHE_DIR says),
+under the keys that the Triton installed here makes of them. Python may be another one than where
+they were packed; Triton, its assembler and the kernels' source have to be the same. Where they
+differ, that is said, and kernels compile as ever. Nothing in the cache is replaced.
+
+A pack is compiled code, which your GPU will run in your name: adopt what you packed yourself, or
+what comes from where you would install software from."""
+
+_ADOPT_NEXT = """\
+exit status: 0 if kernels were adopted, or had been; 1 if none was, because versions differ, which
+harms nothing; 2 for a pack that is damaged or none, which changes nothing."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
         prog="python -m lora_kernels",
-        description="Check the kernels on this machine, or see what they take of a GPU.",
+        description="Check the kernels, see what they take of a GPU, carry them elsewhere.",
     )
     parser.add_argument("--version", action="version", version=f"lora_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -101,15 +130,35 @@ def build_parser() -> argparse.ArgumentParser:
 
     text = "compile every kernel for a GPU, without it"
     resources = add("resources", text, (_RESOURCES, _RESOURCES_NEXT), run_resources)
-    resources.add_argument(
+    _add_target(resources)
+    _add_common(resources, KERNELS)
+
+    text = "compile for a GPU, without it, into a file that travels"
+    pack = add("pack", text, (_PACK, _PACK_NEXT), run_pack)
+    _add_target(pack)
+    pack.add_argument("out", type=Path, metavar="OUT", help="the file to write")
+    _add_jobs(pack)
+
+    text = "take what `pack` compiled for this machine's GPU"
+    adopt = add("adopt", text, (_ADOPT, _ADOPT_NEXT), run_adopt)
+    adopt.add_argument("pack", type=Path, metavar="PACK", help="a file that `pack` wrote")
+    return parser
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--target",
         required=True,
         choices=TARGETS,
         metavar="SM",
         help=f"the GPU's compute capability: {', '.join(TARGETS)}",
     )
-    _add_common(resources, KERNELS)
-    return parser
+
+
+def _add_jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--jobs", type=_count, metavar="N", help="processes at a time (default: by processors)"
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
@@ -121,9 +170,7 @@ def _add_common(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
         metavar="NAME",
         help=f"only these of {', '.join(names)}",
     )
-    parser.add_argument(
-        "--jobs", type=_count, metavar="N", help="processes at a time (default: by processors)"
-    )
+    _add_jobs(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 

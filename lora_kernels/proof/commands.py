@@ -21,6 +21,7 @@ from typing import Any, TextIO
 import torch
 
 from ..kernels import tuning
+from .packs import PackError
 
 # Compute capability, and multiprocessors of the largest GPU that has it.
 TARGETS = {
@@ -168,6 +169,46 @@ def run_resources(options: argparse.Namespace, version: str) -> int:
         print(f"lora_kernels {version} for {options.target}, {found}\n")
         _print_resources(options.target, entries, limit, failed)
     return 1 if failed or not entries else 0
+
+
+def run_pack(options: argparse.Namespace, version: str) -> int:
+    """Compile for a GPU and pack as ``options`` of the command say; the exit status."""
+    os.environ.pop("TRITON_INTERPRET", None)  # the worker processes shall compile
+    if options.out.is_dir():
+        print(f"{options.out} is a directory; give the name of a file", file=sys.stderr)
+        return 2
+    tool = importlib.import_module(".packing", __package__)
+    capability, sms = TARGETS[options.target]
+    try:
+        made = tool.pack(options.out, capability, sms, jobs=options.jobs)
+    except OSError as error:
+        print(f"cannot write to {options.out}: {error.strerror}", file=sys.stderr)
+        return 2
+    for failure in made.failed[:SHOWN_FAILURES]:
+        print(f"FAIL {failure}")
+    if len(made.failed) > SHOWN_FAILURES:
+        print(f"... and {len(made.failed) - SHOWN_FAILURES} more")
+    size = f"{made.size / 1e6:.1f} MB"
+    print(f"{made.kernels} kernels for {options.target} packed into {options.out}, {size}")
+    return 1 if made.failed or not made.kernels else 0
+
+
+def run_adopt(options: argparse.Namespace, version: str) -> int:
+    """Put a pack into Triton's cache as ``options`` of the command say; the exit status."""
+    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels have no place in a cache
+    tool = importlib.import_module(".packing", __package__)
+    try:
+        found = tool.adopt(options.pack)
+    except (PackError, OSError) as error:
+        print(f"nothing adopted: {error}", file=sys.stderr)
+        return 2
+    for difference in found.differs[:SHOWN_FAILURES]:
+        print(f"{difference}: compiled here as ever", file=sys.stderr)
+    here = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if here is not None and f"sm_{here[0]}{here[1]}" != found.target:
+        print(f"this GPU is sm_{here[0]}{here[1]}, the pack is for {found.target}", file=sys.stderr)
+    print(f"{found.fresh} kernels for {found.target} adopted, {found.present} were there already")
+    return 0 if found.fresh or found.present else 1
 
 
 def _print_resources(target: str, entries: list[Any], limit: int, failed: list[Any]) -> None:
