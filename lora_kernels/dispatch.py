@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["Choice", "choose", "explain", "use_backend"]
+__all__ = ["Choice", "choose", "explain", "is_named", "use_backend"]
 
 BACKENDS = ("triton", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -79,6 +79,11 @@ def choose(
     if refusal:
         return Choice("reference", refusal)
     return Choice("triton", f"the kernels serve {x.dtype} on {x.device}")
+
+
+def is_named() -> bool:
+    """Whether `use_backend` asked for a backend, which then serves the call or nothing does."""
+    return _asked_for is not None
 
 
 def _on_cpu(choice: Choice, x: Tensor) -> Choice:

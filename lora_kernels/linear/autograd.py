@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from ..config import check_dropout
-from ..dispatch import choose
-from ..kernels.dropout import draw_keep_mask, draw_seed
+from ..dispatch import choose, is_named
+from ..kernels.dropout import draw_keep_mask, draw_seed, unpack_bits
 from . import ops, reference  # noqa: F401  ops registers torch.ops.lora_kernels
 
 
@@ -27,7 +28,12 @@ def lora_linear(
     dropout_p: float = 0.0,
     training: bool = False,
 ) -> Tensor:
-    """``x·Wᵀ + scale·(drop(x)·Aᵀ)·Bᵀ + bias``, differentiable once in every tensor.
+    """``x·Wᵀ + scale·(drop(x)·Aᵀ)·Bᵀ + bias``, differentiable in every tensor.
+
+    Where torch has to look into the products they are its own, whatever the backend: a backward
+    of which a graph is asked for (``create_graph=True``), forward-mode differentiation, the
+    transforms of ``torch.func`` (vmap among them) and ``torch.export``. A model that
+    ``torch.compile`` has made can be differentiated once.
 
     Args:
         x: input ``[..., K]``, floating point, any strides.
@@ -47,8 +53,7 @@ def lora_linear(
     Raises:
         TypeError: an argument is not a floating-point tensor, or the dtypes differ.
         ValueError: shapes or devices do not fit, or dropout_p is out of range.
-        RuntimeError: `use_backend` asked for what cannot serve this call, or on differentiating
-            twice.
+        RuntimeError: `use_backend` asked for what cannot serve this call.
 
     Source: LoRA, arXiv 2106.09685, equation 3.
     """
@@ -71,27 +76,31 @@ def lora_linear(
             f"{None if bias is None else bias.dtype}; cast them, or run under torch.autocast"
         )
     path, _, widened = choose(x, weight, lora_a, lora_b, bias)
+    if widened:
+        path = _WIDENED
+    traced = is_compiling()
+    if _looked_into(traced) and not (path == "triton" and is_named()):
+        path, traced = _PLAIN, False
     dims = x.dim()
     rows = x if dims == 2 else x[None] if dims == 1 else x.flatten(0, -2)
     noise = None
     if training and dropout_p:
         noise = draw_seed(x.device) if path == "triton" else draw_keep_mask(rows, dropout_p)
-    if widened:
-        path = _WIDENED
     operands = rows, weight, lora_a, lora_b, bias, noise, float(scale), dropout_p, path
     if autocasts:  # the dtypes are settled: it would change some of the products and not others
         with torch.autocast(x.device.type, enabled=False):
-            y = _call(*operands)
+            y = _call(operands, traced)
     else:
-        y = _call(*operands)
+        y = _call(operands, traced)
     if dims == 2:
         return y
     # As nn.Linear does it: to autograd no view, which in-place operations and FSDP would mind.
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
 
-# The reference with its products in float32; within `dispatch` no path of its own.
-_WIDENED = "widened"
+# Within `dispatch` no paths of their own: the reference with its products in float32, and the sum
+# as torch differentiates, batches or exports it by itself.
+_WIDENED, _PLAIN = "widened", "plain"
 
 
 def _autocasts(tensor: Tensor) -> bool:
@@ -101,11 +110,22 @@ def _autocasts(tensor: Tensor) -> bool:
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
-def _call(*operands: Any) -> Tensor:
-    if is_compiling() or _are_functorch_transforms_active():
+def _looked_into(traced: bool) -> bool:
+    """Whether somebody needs the products themselves, of which a Function would show none."""
+    if traced:
+        return is_exporting()
+    return forward_ad._current_level >= 0 or _are_functorch_transforms_active()
+
+
+def _call(operands: tuple[Any, ...], traced: bool) -> Tensor:
+    path = operands[-1]
+    if path == _PLAIN:
+        return reference.plain_forward(*operands[:-1])
+    if traced or _are_functorch_transforms_active():
         return _TracedLoRALinear.apply(*operands)[0]
     if torch.is_grad_enabled():
-        return _LoRALinear.apply(*operands)
+        y = _LoRALinear.apply(*operands)
+        return y[0] if type(y) is tuple else y
     return _forward(*operands)[0]
 
 
@@ -135,19 +155,48 @@ def _forward(
     return y, xa, None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], xa: Tensor, bits: Tensor | None) -> None:
-    noise, *ctx.settings = inputs[5:]
-    ctx.save_for_backward(*inputs[:4], xa, noise if bits is None else bits)
+def _save(ctx: Any, inputs: tuple[Any, ...], xa: Tensor, bits: Tensor | None) -> bool:
+    """Keep what backward will read, and no more; whether ``xa`` has to be an output.
+
+    It has to where a gradient of db flows on by it alone: where x or A is not kept, from which
+    `reference.backward_with_graph` makes it anew.
+    """
+    x, weight, lora_a, lora_b, _, noise, *ctx.settings = inputs
+    mask = noise if bits is None else bits
+    need_x, need_weight, need_a, need_b, *_ = ctx.needs_input_grad
+    if need_x and need_a and need_b:
+        ctx.like = None
+        ctx.save_for_backward(x, weight, lora_a, lora_b, xa, mask)
+        return False
+    ctx.like = tuple((t.shape, t.dtype) for t in (x, weight, lora_a, lora_b, xa))
+    need_dxa = need_x or need_a
+    x_kept = need_weight or need_a
+    ctx.save_for_backward(
+        x if x_kept else None,
+        weight if need_x else None,
+        lora_a if need_x else None,
+        lora_b if need_dxa else None,
+        xa if need_b else None,
+        mask if need_dxa else None,
+    )
+    return need_b and need_dxa and not (x_kept and need_x)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of `_forward`'s arguments."""
+    """The gradients of `_forward`'s arguments, without a graph of their own."""
     if _autocasts(dy):
         with torch.autocast(dy.device.type, enabled=False):
             return _backward(ctx, dy)
     x, weight, lora_a, lora_b, xa, keep = ctx.saved_tensors  # once: checkpointing unpacks no more
     scale, dropout_p, path = ctx.settings
     needs = reference.Needs(*ctx.needs_input_grad[:5])
+    if ctx.like is not None:  # what is not read need only have a shape
+        x, weight, lora_a, lora_b, xa = (
+            dy.new_empty((), dtype=dtype).expand(shape) if tensor is None else tensor
+            for tensor, (shape, dtype) in zip(
+                (x, weight, lora_a, lora_b, xa), ctx.like, strict=True
+            )
+        )
     operands = dy, x, weight, lora_a, lora_b, xa
     grads: tuple[Tensor | None, ...]
     if path == "triton":
@@ -161,27 +210,52 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return (*grads, None, None, None, None)
 
 
-_backward_once = once_differentiable(_backward)
+def _backward_with_graph(
+    ctx: Any, dy: Tensor | None, dxa: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The same by products that torch differentiates, with ``dxa`` for the output ``xa``."""
+    given = dxa if dy is None else dy
+    if given is None:
+        return (None,) * 9
+    if _autocasts(given):
+        with torch.autocast(given.device.type, enabled=False):
+            return _backward_with_graph(ctx, dy, dxa)
+    x, weight, lora_a, lora_b, xa, keep = ctx.saved_tensors
+    scale, dropout_p, path = ctx.settings
+    like = ctx.like or [(t.shape, t.dtype) for t in (x, weight, lora_a, lora_b)]
+    if path == "triton" and keep is not None:
+        keep = unpack_bits(keep, like[0][0][1])
+    needs = reference.Needs(*ctx.needs_input_grad[:5])
+    products = torch.float32 if path == _WIDENED else like[0][1]
+    grads = reference.backward_with_graph(
+        dy, dxa, x, weight, lora_a, lora_b, xa, scale, keep, dropout_p, needs, products
+    )
+    dtypes = [dtype for _, dtype in like[:4]] + [like[0][1]]
+    cast = (g if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True))
+    return (*cast, None, None, None, None)
 
 
 class _LoRALinear(torch.autograd.Function):
-    """`_forward` and `_backward` joined, with y alone as output."""
+    """`_forward` and `_backward` joined; gives y, and ``xa`` where `_save` says so."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Any:
         y, xa, bits = _forward(*inputs)
-        _save(ctx, inputs, xa, bits)
+        if _save(ctx, inputs, xa, bits):
+            ctx.set_materialize_grads(False)
+            return y, xa
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # The decorator costs as much as a product of a small layer, and has nothing to watch for
-        # where nobody asked for a graph of the gradients.
-        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+    def backward(ctx: Any, dy: Any, dxa: Any = None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        again = torch.is_grad_enabled() or dxa is not None or dy is None
+        if again or _are_functorch_transforms_active():  # the latter for several dy in a batch
+            return _backward_with_graph(ctx, dy, dxa)
+        return _backward(ctx, dy)
 
 
 class _TracedLoRALinear(torch.autograd.Function):
-    """The same for torch.compile and torch.func, which want what backward needs as outputs.
+    """The same for torch.compile, which wants what backward needs as outputs.
 
     For this form torch binds the signature in each call, 30 µs on a CPU of two cores.
     """
@@ -192,7 +266,9 @@ class _TracedLoRALinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         _, xa, bits = output
         ctx.mark_non_differentiable(*(t for t in (xa, bits) if t is not None))
-        _save(ctx, inputs, xa, bits)
+        noise, *ctx.settings = inputs[5:]
+        ctx.like = None  # all are kept: the compiler drops what its graph does not read
+        ctx.save_for_backward(*inputs[:4], xa, noise if bits is None else bits)
         ctx.set_materialize_grads(False)
 
     @staticmethod

@@ -209,7 +209,10 @@ def backward(
         dy.dtype,
         Shape(m, k, n, r),
         dropped=keep_bits is not None,
-        tma=suits_tma(dy) and dy.stride(1) == 1 and suits_tma(weight) and k % 8 == 0,
+        tma=suits_tma(dy)
+        and dy.stride(1) == 1
+        and k % 8 == 0
+        and (suits_tma(weight) or not needs.x),  # a stand-in then
         sms=num_sms(x),
     )
     if name == "aten":

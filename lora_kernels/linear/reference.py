@@ -119,6 +119,75 @@ def backward(
     return Grads(dx, dweight, da, db, dbias)
 
 
+def plain_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """``y`` as torch itself differentiates, batches and exports it: each product by its own."""
+    xa = _xa_with_graph(x, lora_a, keep, dropout_p)
+    return F.linear(x, weight, bias) + xa.mm(lora_b.to(x.dtype).t()) * scale
+
+
+def backward_with_graph(
+    dy: Tensor | None,
+    dxa: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    xa: Tensor | None,
+    scale: float,
+    keep: Tensor | None,
+    dropout_p: float,
+    needs: Needs,
+    dtype: torch.dtype,
+) -> Grads:
+    """`backward` by products that torch can differentiate again, taken in ``dtype``.
+
+    Tensors that the gradients asked for do not read may be None. ``dxa`` is the gradient of the
+    output ``xa``, which is one where x or A is not at hand to make it anew.
+    """
+    dy, x, weight, lora_a, lora_b = (
+        t if t is None else t.to(dtype) for t in (dy, x, weight, lora_a, lora_b)
+    )
+    undropped = 1.0 if keep is None else 1.0 / (1.0 - dropout_p)
+    dx = dweight = da = db = dbias = branch = None
+    if needs.x or needs.lora_a:
+        parts = [] if dxa is None else [dxa.to(dtype) * undropped]
+        if dy is not None:
+            parts.append(dy.mm(lora_b) * (scale * undropped))  # type: ignore[arg-type]
+        branch = sum(parts[1:], parts[0])
+    if needs.x and branch is not None:
+        dx = branch.mm(lora_a)  # type: ignore[arg-type]
+        if keep is not None:
+            dx = _kept(dx, keep)
+        if dy is not None:
+            dx = dx + dy.mm(weight)  # type: ignore[arg-type]
+    if needs.lora_a and branch is not None:
+        da = branch.t().mm(x if keep is None else _kept(x, keep))  # type: ignore[arg-type]
+    if dy is not None:
+        if needs.lora_b:
+            if x is not None and lora_a is not None:
+                xa = _xa_with_graph(x, lora_a, keep, dropout_p)
+            db = dy.t().mm(xa.to(dtype)) * scale  # type: ignore[union-attr]
+        if needs.weight:
+            dweight = dy.t().mm(x)  # type: ignore[arg-type]
+        if needs.bias:
+            dbias = dy.sum(0, dtype=torch.float32 if _narrow(dy) else None)
+    return Grads(dx, dweight, da, db, dbias)
+
+
+def _xa_with_graph(x: Tensor, lora_a: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
+    xa = (x if keep is None else _kept(x, keep)).mm(lora_a.to(x.dtype).t())
+    return xa if keep is None else xa * (1.0 / (1.0 - dropout_p))
+
+
 def widened_forward(
     x: Tensor,
     weight: Tensor,
