@@ -62,13 +62,15 @@ def accelerate_peft(model: nn.Module, *, undo: bool = False) -> PeftReport:
     Takes every module that is exactly ``peft.tuners.lora.layer.Linear``, whether it came there by
     ``get_peft_model``, ``PeftModel.from_pretrained`` or ``add_adapter`` of transformers. Parameters
     and names stay what they are, and so do all of PEFT's methods: save, merge, switch, add, disable
-    and delete as before. What the kernels do not compute goes to PEFT's own forward call by call
-    (several active adapters, merged ones, DoRA, ``lora_bias``, quantised weights, hooks …).
+    and delete as before. Several active adapters are computed as one of a wider rank. What the
+    kernels do not compute goes to PEFT's own forward call by call (several active ones that drop
+    elements, merged ones, DoRA, ``lora_bias``, quantised weights, hooks, a library's own forward
+    put on PEFT's class or on ``nn.Linear`` …).
     Results are PEFT's up to rounding: where float32 adapters sit on a narrower base, the branch is
     multiplied in the base's dtype, as under autocast, and the gradients are float32.
 
     Call it again after adding an adapter to further modules. Do it before DDP, ``fully_shard`` and
-    ``torch.compile``. The gradient can be taken once only: no ``create_graph=True``.
+    ``torch.compile``.
 
     Args:
         model: a PEFT model, or any module with PEFT's layers in it.

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import variants
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -20,9 +21,21 @@ from torch.nn.modules import module as nn_module
 
 from ..linear.autograd import lora_linear
 from ..linear.module import DTYPES
+from ..linear.stacking import stack_adapters
 
 if not hasattr(Linear, "resolve_lora_variant"):
     raise ImportError("its lora.Linear has no variants")
+
+
+def _own_forward(cls: type) -> Any:
+    """The class's forward as its own file has it, or None where another has been put there."""
+    forward, init = cls.__dict__.get("forward"), cls.__dict__.get("__init__")
+    files = {getattr(getattr(f, "__code__", None), "co_filename", f) for f in (forward, init)}
+    return forward if len(files) == 1 else None
+
+
+# What the kernels stand in for. Whoever replaces one of them on the class wants to be called.
+_FORWARDS = {cls: _own_forward(cls) for cls in (Linear, nn.Linear)}
 
 
 class Parts(NamedTuple):
@@ -37,12 +50,31 @@ class Parts(NamedTuple):
     training: bool
 
 
+# Computed as plain LoRA; it differs in how it begins, and freezes B. Newer releases have it.
+_MICA = getattr(variants, "MiCALinearVariant", None)
+
+
+class _Branch(NamedTuple):
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+    dropout_p: float
+    training: bool
+
+
+_WATCHED = "a hook or a replaced forward sits on its base, factors or dropout"
+
+
 class FastLinear(Linear):
     """``peft.tuners.lora.layer.Linear`` whose plain case is one `lora_linear`.
 
     Each call looks at the layer as it is then: its active adapter, scaling, dropout and dtypes.
-    What `lora_linear` does not compute goes to PEFT's own forward.
+    Several active adapters are one of a wider rank. What `lora_linear` does not compute goes to
+    PEFT's own forward.
     """
+
+    def _get_name(self) -> str:
+        return "Linear"  # for PEFT's status, printing, and whoever asks by name
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``x [..., K]`` to ``y [..., N]``, as PEFT's forward."""
@@ -67,30 +99,55 @@ class FastLinear(Linear):
             return "its adapters are disabled"
         if self.merged_adapters:
             return "an adapter is merged into its weight"
-        factors_a: Any = self.lora_A
+        if Linear.forward is not _FORWARDS[Linear] or nn.Linear.forward is not _FORWARDS[nn.Linear]:
+            return "the forward of PEFT's lora.Linear or of nn.Linear was replaced on the class"
         # An adapter may be active in the model and absent here.
-        names = [name for name in self.active_adapters if name in factors_a]
-        if len(names) != 1:
-            return f"{len(names)} of its adapters are active, not one"
-        name = names[0]
-        if name in self.lora_variant:
-            variant = type(self.lora_variant[name]).__name__
-            return f"adapter {name!r} is not plain LoRA ({variant})"
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if not names:
+            return "none of its adapters is active"
         if reason := _base_refusal(self):
             return reason
         base: Any = self.base_layer
-        factor_a, factor_b = factors_a[name], self.lora_B[name]
+        if _is_watched(base):
+            return _WATCHED
+        if nn_module._has_any_global_hook():
+            return "hooks on every module are registered with torch"
+        if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+            return "a torch.func transform or torch.jit.trace is at work"
+        branches = []
+        for name in names:
+            branch = self._branch(name)
+            if isinstance(branch, str):
+                return branch
+            if reason := _weights_refusal(base.weight, branch.lora_a, branch.lora_b, base.bias):
+                return reason
+            branches.append(branch)
+        first = branches[0]
+        lora_a, lora_b, scale = first.lora_a, first.lora_b, first.scale
+        if len(branches) > 1:
+            if any(branch.training and branch.dropout_p for branch in branches):
+                return "several of its adapters are active, and each drops elements of its own"
+            same = all(branch.scale == scale for branch in branches)
+            lora_a, lora_b = stack_adapters(
+                [(each.lora_a, each.lora_b, 1.0 if same else each.scale) for each in branches]
+            )
+            scale = scale if same else 1.0
+        return Parts(base.weight, lora_a, lora_b, base.bias, scale, first.dropout_p, first.training)
+
+    def _branch(self, name: str) -> _Branch | str:
+        """One adapter's part of the sum, or the reason why `lora_linear` does not compute it."""
+        variant = self.lora_variant.get(name)
+        if variant is not None and type(variant) is not _MICA:
+            return f"adapter {name!r} is not plain LoRA ({type(variant).__name__})"
+        factor_a: Any = self.lora_A[name]
+        factor_b: Any = self.lora_B[name]
         dropout: Any = self.lora_dropout[name]
         if type(factor_a) is not nn.Linear or type(factor_b) is not nn.Linear:
             return "its lora_A or lora_B is not exactly an nn.Linear"
         if factor_a.bias is not None or factor_b.bias is not None:
             return f"adapter {name!r} has a bias (lora_bias)"
-        if any(_is_watched(module) for module in (base, factor_a, factor_b, dropout)):
-            return "a hook or a replaced forward sits on its base, factors or dropout"
-        if nn_module._has_any_global_hook():
-            return "hooks on every module are registered with torch"
-        if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
-            return "a torch.func transform or torch.jit.trace is at work"
+        if any(_is_watched(module) for module in (factor_a, factor_b, dropout)):
+            return _WATCHED
         dropout_p = 0.0
         if type(dropout) is nn.Dropout:
             dropout_p = dropout.p
@@ -101,10 +158,7 @@ class FastLinear(Linear):
         scale = self.scaling[name]
         if not isinstance(scale, (int, float)):
             return f"its scaling is a {type(scale).__name__}, not a number"
-        weight, lora_a, lora_b, bias = base.weight, factor_a.weight, factor_b.weight, base.bias
-        if reason := _weights_refusal(weight, lora_a, lora_b, bias):
-            return reason
-        return Parts(weight, lora_a, lora_b, bias, scale, dropout_p, dropout.training)
+        return _Branch(factor_a.weight, factor_b.weight, scale, dropout_p, dropout.training)
 
 
 def lasting_refusal(layer: BaseTunerLayer) -> str | None:

@@ -76,7 +76,8 @@ class LoRALinear(nn.Linear):
     State-dict keys are ``weight``, ``bias``, ``lora.A.weight``, ``lora.B.weight``: checkpoints of
     the plain linear load with ``strict=False`` or before the swap. Nothing is frozen here, see
     `mark_only_lora_as_trainable`. Hooks on ``lora.A`` and ``lora.B`` do not run: the four tensors
-    go to `lora_linear` together.
+    go to `lora_linear` together. Nor does a forward that somebody has put on ``nn.Linear`` as a
+    class: this one is its own, as any subclass's.
 
     Args:
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``.

@@ -23,5 +23,5 @@ def stack_adapters(pairs: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tenso
     """
     dtype = functools.reduce(torch.promote_types, (f.dtype for a, b, _ in pairs for f in (a, b)))
     stacked = torch.cat([a.to(dtype) for a, _, _ in pairs])
-    beside = torch.cat([b.to(dtype) * scale for _, b, scale in pairs], dim=1)
-    return stacked, beside
+    scaled = [b.to(dtype) if scale == 1.0 else b.to(dtype) * scale for _, b, scale in pairs]
+    return stacked, torch.cat(scaled, dim=1)

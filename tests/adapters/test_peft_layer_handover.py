@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("peft")
 
+from peft.tuners.lora.layer import Linear
 from tiny_peft_layer import K, N, count_served, pair, results
+
+from lora_kernels.adapters import peft_layer
 
 SPLIT = ["default", "second", "__base__"]  # which adapter serves which row
 
@@ -89,6 +94,10 @@ def backward_pre_hook(layer):
     b_of(layer).register_full_backward_pre_hook(lambda m, dy: (3 * dy[0],))
 
 
+def both_active(layer):
+    layer.set_adapter(["default", "second"])
+
+
 def pre_hook(layer):
     a_of(layer).register_forward_pre_hook(lambda m, args: (args[0] + 1,))
 
@@ -98,9 +107,8 @@ HANDED_OVER = {
     "adapter_names": (None, {}, {"adapter_names": SPLIT}, None),
     "adapters disabled": (lambda m: m.enable_adapters(False), {}, {}, "disabled"),
     "merged": (lambda m: m.merge(), {}, {}, "merged"),
-    "two active": (lambda m: m.set_adapter(["default", "second"]), {}, {}, "2 of its adapters"),
-    "twice active": (lambda m: m.set_adapter(["default"] * 2), {}, {}, "2 of its adapters"),
-    "none active": (lambda m: m.set_adapter("elsewhere"), {}, {}, "0 of its adapters"),
+    "two, one of DoRA": (both_active, {"use_dora": True}, {}, "not plain LoRA"),
+    "none active": (lambda m: m.set_adapter("elsewhere"), {}, {}, "none of its adapters"),
     "DoRA": (None, {"use_dora": True}, {}, "not plain LoRA .DoraLinearVariant"),
     "lora_bias": (None, {"lora_bias": True}, {}, "has a bias"),
     "fan_in_fan_out": (transposed, {}, {}, "fan_in_fan_out"),
@@ -303,3 +311,26 @@ def test_transforms_and_tracing_are_left_to_peft(served):
     torch.testing.assert_close(per_row, torch.func.grad(lambda x: stock(x).sum())(x))
     assert torch.equal(torch.jit.trace(ours, x, check_trace=False)(x), stock(x))
     assert not served
+
+
+@pytest.mark.parametrize("cls", [Linear, nn.Linear], ids=["PEFT's", "torch's"])
+def test_a_forward_put_on_the_class_later_is_called(served, monkeypatch, cls):
+    """By a library that patches classes, for as long as it does."""
+    stock, ours = pair()
+    x, before = torch.randn(3, K), cls.forward
+    unpatched = ours(x)
+    served.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "forward", lambda self, x, *args, **kw: 2 * before(self, x, *args, **kw))
+        assert torch.equal(ours(x), stock(x)) and not torch.allclose(ours(x), unpatched)
+        assert not served and "replaced on the class" in ours.parts()
+    assert torch.equal(ours(x), unpatched) and served
+
+
+def test_a_forward_put_on_the_class_before_is_seen(monkeypatch):
+    """Also where functools.wraps has given it the name and module of the one that it replaces."""
+    assert peft_layer._own_forward(nn.Linear) is nn.Linear.forward
+    before = nn.Linear.forward
+    patched = functools.wraps(before)(lambda self, x: 2 * before(self, x))
+    monkeypatch.setattr(nn.Linear, "forward", patched)
+    assert peft_layer._own_forward(nn.Linear) is None
