@@ -108,6 +108,8 @@ class LoRAConfig:
             does not hold, is added by itself; an empty list leaves it as it is.
         bias: which biases are trained and saved whole: ``"none"``, ``"lora_only"`` for those of the
             adapted linears, or ``"all"`` of the model's.
+        trainable_token_indices: tokens whose rows of the input embeddings are trained (in float32
+            or wider), and of a head tied to it; or ``{"embed_tokens": [1, 2]}`` for others.
 
     Raises:
         TypeError, ValueError: an argument is of another kind or outside its range.
@@ -123,6 +125,7 @@ class LoRAConfig:
     use_rslora: bool = False
     modules_to_save: Sequence[str] | None = None
     bias: str = "none"
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         LayerConfig(self.rank, self.alpha, self.dropout, self.use_rslora)
@@ -135,6 +138,8 @@ class LoRAConfig:
         object.__setattr__(self, "modules_to_save", saved)
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
+        tokens = _indices(self.trainable_token_indices)
+        object.__setattr__(self, "trainable_token_indices", tokens)
         for argument in ("target_modules", "exclude_modules"):
             object.__setattr__(self, argument, _names(getattr(self, argument), argument))
         for argument, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
@@ -196,3 +201,21 @@ def _names(value: Any, argument: str) -> tuple[str, ...] | str | None:
     if not value and argument == "target_modules":
         raise ValueError(f"{argument} is empty; name at least one module, or pass None")
     return tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
+
+
+def _indices(value: Any) -> list[int] | dict[str, list[int]] | None:
+    if value is None:
+        return None
+    rows = value if isinstance(value, Mapping) else {"": value}
+    for name, indices in rows.items():
+        whole = not isinstance(indices, (str, bytes)) and isinstance(indices, Sequence)
+        if not whole or not indices or not all(type(i) is int and i >= 0 for i in indices):
+            raise ValueError(
+                "trainable_token_indices must be a list of token numbers, or map names of "
+                f"embeddings to such lists, got {indices!r}{f' for {name!r}' if name else ''}"
+            )
+        if len(set(indices)) < len(indices):
+            raise ValueError(f"trainable_token_indices names a token twice: {indices!r}")
+    if isinstance(value, Mapping):
+        return {str(name): list(indices) for name, indices in value.items()}
+    return list(value)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .content import Content
+from .fitting_tokens import fit_tokens, of_tokens
 from .heads import classifier_heads
 from .sharding import whole
 from .targets import strip_wrappers
@@ -23,12 +24,14 @@ class WholeFit(NamedTuple):
         inserted: names of those that the adapter has to be given first.
         frozen: those among them that the file has of the base, not trained, and that differ from
             the model's.
+        tokens: rows that the adapter has to be given, see `insert_tokens`.
         problems: what does not fit, a sentence each.
     """
 
     loaded: dict[str, Tensor]
     inserted: list[str]
     frozen: list[str]
+    tokens: dict[str, tuple[Any, Tensor]]
     problems: list[str]
 
 
@@ -42,10 +45,11 @@ def fit_wholes(
     copies: dict[str, Tensor] = {}
     if content.base:
         wanted = names_inside(model, classifier_heads(model)) if fresh else list(own)
+        wanted += [name for name in content.base if fresh and of_tokens(name)]
         values = {n: content.base[t] for n in wanted if (t := _there(found, n, content.base))}
         missing = [name for name in wanted if name not in values]
     else:
-        values = {name: t for name, t in content.whole.items() if strict or name in found}
+        values = {n: t for n, t in content.whole.items() if strict or n in found or of_tokens(n)}
         absent = _absent(model, content)
         problems += [f"missing from the file: {name}, of modules_to_save" for name in absent]
         if content.tying:
@@ -55,7 +59,7 @@ def fit_wholes(
         problems += strange
         missing = [n for n in own if n not in values and not own[n].is_frozen(adapter)]
         if not fresh:
-            unexpected = [name for name in values if name in found and name not in own]
+            unexpected = [n for n in values if n in found and n not in own]
             if strict and unexpected:
                 problems.append(
                     f"in the file but not trained whole in the model: {', '.join(unexpected[:8])}; "
@@ -63,6 +67,9 @@ def fit_wholes(
                 )
             values = {name: t for name, t in values.items() if name not in unexpected}
         values |= copies
+    rows = fit_tokens(model, own, {n: t for n, t in values.items() if of_tokens(n)}, fresh)
+    problems += rows.problems
+    values = {name: t for name, t in values.items() if not of_tokens(name)}
     if strict and missing:
         problems.append(f"missing from the file: {', '.join(missing[:8])}")
     for name, tensor in values.items():
@@ -77,7 +84,7 @@ def fit_wholes(
     inserted = [name for name in values if name in found and name not in own]
     problems += refusals(model, inserted)
     frozen = [name for name in inserted if name in copies]
-    return WholeFit(values, inserted, frozen, problems)
+    return WholeFit({**values, **rows.loaded}, inserted, frozen, rows.inserted, problems)
 
 
 def _absent(model: nn.Module, content: Content) -> list[str]:

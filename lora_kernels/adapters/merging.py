@@ -16,6 +16,7 @@ from .surgery import (
     replace_modules,
     require_lora,
 )
+from .tokens import fold_tokens
 from .wholes import keep_wholes
 
 
@@ -41,6 +42,7 @@ def merge_lora(model: nn.Module) -> list[str]:
     with torch.no_grad():
         for layer in layers.values():
             layer.weight.copy_(_merged_weight(layer))
+    fold_tokens(model)
     keep_wholes(model)
     replace_modules(model, {id(layer): layer.to_linear() for layer in layers.values()})
     return list(layers)

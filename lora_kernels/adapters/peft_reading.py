@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import BIASES, LayerConfig, check_alpha, check_dropout, check_rank
@@ -31,6 +32,7 @@ from .tensor_files import LazyTensors, read_pickled
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
+DELTA = ".token_adapter.trainable_tokens_delta"
 # PEFT's own parts of names: with bias="all" it saves a module's bias by all of them.
 _BASE, _SAVED, _ORIGINAL = ".base_layer.", ".modules_to_save.", ".original_module."
 FACTORS = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
@@ -46,7 +48,8 @@ _INERT = {
 }
 _READ = {
     "alpha_pattern", "bias", "ensure_weight_tying", "init_lora_weights", "lora_alpha",
-    "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern", "use_rslora",
+    "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern",
+    "trainable_token_indices", "use_rslora",
 }
 # fmt: on
 _REFUSED = {
@@ -57,7 +60,6 @@ _REFUSED = {
     "lora_bias": "a bias in the LoRA branch is not supported",
     "megatron_config": "Megatron's layers are not supported",
     "target_parameters": "LoRA on bare parameters is not supported",
-    "trainable_token_indices": "trained tokens beside the adapter are not supported",
     "use_dora": "DoRA is not supported; merge it in PEFT",
 }
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -102,9 +104,16 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], Content]:
         factor = next((f for f, suffix in FACTORS.items() if rest.endswith(suffix)), None)
         name = rest.removesuffix(FACTORS[factor]) if factor else ""
         if prefix and not factor and not strip_wrappers(head) and "lora_" not in rest:
+            if rest.endswith(DELTA):
+                name = f"{head}{rest.removesuffix(DELTA)}"
+                whole[f"{name}.lora_tokens.weight"] = tensor
+                whole[f"{name}.lora_tokens.index"] = _indices(config, strip_wrappers(name))
+                continue
             if _ORIGINAL in rest:
                 continue
-            plain = f"{head}{rest.replace(_BASE, '.').replace(_SAVED, '.')}"
+            plain = head + rest
+            for part in (f".token_adapter{_BASE}", _BASE, _SAVED):
+                plain = plain.replace(part, ".")
             bias = plain.endswith(".bias") and config.get("bias", "none") != "none"
             (whole if bias or _is_saved(rest, saved) else copies)[plain] = tensor
             continue
@@ -133,6 +142,19 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], Content]:
     return state, Content(
         described=described, whole=whole, copies=copies, saved=tuple(saved), tying=tying
     )
+
+
+def _indices(config: Mapping[str, Any], name: str) -> Tensor:
+    """The tokens whose rows are in the file, in the order of these."""
+    asked = config.get("trainable_token_indices")
+    if isinstance(asked, dict):
+        asked = next((rows for key, rows in asked.items() if name.endswith(key)), None)
+    if not isinstance(asked, list) or not all(type(i) is int and abs(i) < 2**62 for i in asked):
+        raise ValueError(
+            f"{CONFIG}: trainable_token_indices is {reprlib.repr(asked)} for {name!r}, expected a "
+            "list of token numbers"
+        )
+    return torch.tensor(asked, dtype=torch.int64)
 
 
 def _is_saved(key: str, modules: Sequence[str]) -> bool:

@@ -9,8 +9,11 @@ from typing import Any
 from torch import nn
 
 from ..linear.module import LoRALinear
+from .fitting_tokens import INDEX, WEIGHT
+from .peft_reading import DELTA
 from .targets import strip_wrappers
-from .wholes import DEFAULT, is_inside, whole_slots
+from .tokens import TokenRows
+from .wholes import DEFAULT, is_inside, whole_slots, whole_tensors
 
 # By the end of a class's name; PEFT trains the heads of the first three whole by itself.
 _TASKS = {
@@ -31,6 +34,12 @@ def whole_fields(
         ValueError: PEFT would take another module for one of them, too.
     """
     slots = whole_slots(model, adapter)
+    tokens = {
+        name.removesuffix(INDEX): tensor.tolist()
+        for name, tensor in whole_tensors(model, adapter).items()
+        if name.endswith(INDEX)
+    }
+    slots = {name: slot for name, slot in slots.items() if not name.endswith(INDEX)}
     saved = _saved_modules(model, {n for n, slot in slots.items() if not slot.is_frozen(adapter)})
     names = {
         name: name.replace(owner, f"{owner}.base_layer", 1)
@@ -38,6 +47,7 @@ def whole_fields(
         else name
         for name in slots
     }
+    names = {name: key.replace(WEIGHT, DELTA) for name, key in names.items()}
     biases = {
         name
         for name, slot in slots.items()
@@ -48,6 +58,8 @@ def whole_fields(
         "bias": "none" if not biases else "lora_only" if biases <= own else "all",
         "modules_to_save": saved or None,
     }
+    if tokens:
+        fields["trainable_token_indices"] = tokens
     tensors = [slots[name].value for name in slots]
     if len({id(tensor) for tensor in tensors}) < len(tensors):
         fields["ensure_weight_tying"] = True
@@ -59,7 +71,7 @@ def _saved_modules(model: nn.Module, trained: Collection[str]) -> list[str]:
     saved: list[str] = []
     modules = {strip_wrappers(name): module for name, module in model.named_modules()}
     for name, module in modules.items():
-        if not name or isinstance(module, (*_CONTAINERS, LoRALinear)):
+        if not name or isinstance(module, (*_CONTAINERS, LoRALinear, TokenRows)):
             continue
         inside = {f"{name}.{inner}" for inner in module.state_dict()}
         clean = {strip_wrappers(key) for key in inside}

@@ -42,6 +42,7 @@ from .reading import (
 from .renaming import with_todays_names
 from .sharding import cut_like, is_writer, refuse_flattened, reshard, whole
 from .surgery import insert_lora, lora_layers, require_lora
+from .tokens import insert_tokens
 from .wholes import DEFAULT, insert_wholes, whole_slots, whole_tensors
 
 
@@ -165,6 +166,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
                 stacklevel=2,
             )
     insert_wholes(model, wholes.inserted, frozen=wholes.frozen)
+    insert_tokens(model, wholes.tokens)
     if wholes.frozen:
         warnings.warn(
             f"{path} holds {', '.join(wholes.frozen)} of its base, which differs from the "

@@ -15,6 +15,7 @@ from ..config import LayerConfig, LoRAConfig
 from ..linear.module import DISABLED, MERGED, LoRALinear
 from .sharding import refuse_sharded, reshard
 from .targets import find_targets, find_whole_modules, refuse_second_application, strip_wrappers
+from .tokens import drop_tokens, find_token_modules, insert_tokens, token_refusals
 from .wholes import (
     bare,
     drop_wholes,
@@ -46,6 +47,7 @@ def apply_lora(
     use_rslora: bool = False,
     modules_to_save: Sequence[str] | None = None,
     bias: str = "none",
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     verbose: bool = True,
     config: LoRAConfig | None = None,
 ) -> list[str]:
@@ -56,7 +58,7 @@ def apply_lora(
     Args:
         model: any module; its linears are adapted wherever they sit.
         rank, alpha, dropout, target_modules, exclude_modules, rank_pattern, alpha_pattern,
-            use_rslora, modules_to_save, bias: see `LoRAConfig`.
+            use_rslora, modules_to_save, bias, trainable_token_indices: see `LoRAConfig`.
         verbose: print ``apply lora on module: <name>`` for each, and ``train module whole: <name>``
             for those that are trained and saved whole.
         config: all of the above at once; the others must then be left at their defaults.
@@ -81,6 +83,7 @@ def apply_lora(
         use_rslora=use_rslora,
         modules_to_save=modules_to_save,
         bias=bias,
+        trainable_token_indices=trainable_token_indices,
     )
     if config is None:
         config = given
@@ -93,13 +96,21 @@ def apply_lora(
     wholes = _parameters_to_save(model, config.bias, names, whole_modules)
     if problems := refusals(model, wholes):
         raise ValueError(f"cannot train what modules_to_save or bias asks for: {problems[0]}")
+    tokens = find_token_modules(model, config)
+    taken = [strip_wrappers(name) for name in (*whole_modules, *names)]
+    problems = [f"{n!r} is adapted or trained whole already" for n in tokens if n in taken]
+    if problems := problems or token_refusals(model, tokens):
+        raise ValueError(f"cannot train what trainable_token_indices asks for: {problems[0]}")
     insert_lora(model, {name: config.layer(strip_wrappers(name)) for name in names})
     insert_wholes(model, wholes)
+    insert_tokens(model, {name: (indices, None) for name, indices in tokens.items()})
     if verbose:
         for name in names:
             print(f"apply lora on module: {name}")
         for name in whole_modules:
             print(f"train module whole: {name}")
+        for name, indices in tokens.items():
+            print(f"train tokens of module: {name}, {len(indices)}")
     return names
 
 
@@ -205,6 +216,7 @@ def remove_lora(model: nn.Module) -> list[str]:
         raise ValueError("remove_lora inside merged_lora; leave the merged_lora block first")
     refuse_sharded_layers(model, layers)
     drop_wholes(model)
+    drop_tokens(model)
     replace_modules(model, {id(layer): layer.to_linear() for layer in layers.values()})
     return list(layers)
 

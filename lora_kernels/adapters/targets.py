@@ -30,7 +30,7 @@ def find_whole_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     named = config.modules_to_save
     modules = dict(model.named_modules())
     for suffix in named or ():
-        matches = [name for name in modules if _ends_in(name, suffix)]
+        matches = [name for name in modules if ends_in_name(name, suffix)]
         if not matches:
             close = difflib.get_close_matches(suffix, [strip_wrappers(n) for n in modules], n=3)
             hint = f"; did you mean {close}?" if close else ""
@@ -42,7 +42,7 @@ def find_whole_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     return [
         name
         for name in modules
-        if name in heads or any(_ends_in(name, suffix) for suffix in named or ())
+        if name in heads or any(ends_in_name(name, suffix) for suffix in named or ())
     ]
 
 
@@ -81,21 +81,21 @@ def find_targets(model: nn.Module, config: LoRAConfig, left_out: Sequence[str] =
         wish = f"the regular expression {target!r} as a whole (for an ending, pass a list)"
     else:
         for suffix in target:
-            if not any(_ends_in(name, suffix) for name in modules):
-                if bare := [n for n, _ in model.named_parameters() if _ends_in(n, suffix)]:
+            if not any(ends_in_name(name, suffix) for name in modules):
+                if bare := [n for n, _ in model.named_parameters() if ends_in_name(n, suffix)]:
                     raise ValueError(
                         f"the target {suffix!r} is no module: {bare[0]!r} is a parameter by "
                         "itself, as fused experts are; only an nn.Linear can be adapted"
                     )
                 raise ValueError(_no_match(f"the target {suffix!r}", suffix, linears))
-        found = [name for name in modules if any(_ends_in(name, suffix) for suffix in target)]
+        found = [name for name in modules if any(ends_in_name(name, suffix) for suffix in target)]
         wish = f"any of {list(target)}"
     refuse_second_application(modules)
     excluded = config.exclude_modules
     if isinstance(excluded, str):
         kept = [name for name in found if not re.fullmatch(excluded, strip_wrappers(name))]
     else:
-        kept = [n for n in found if not any(_ends_in(n, suffix) for suffix in excluded or ())]
+        kept = [n for n in found if not any(ends_in_name(n, suffix) for suffix in excluded or ())]
     whole = [name for name in kept if _is_inside(name, left_out)]
     kept = [name for name in kept if name not in whole]
     if not kept:
@@ -123,7 +123,8 @@ def refuse_second_application(modules: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _ends_in(name: str, suffix: str) -> bool:
+def ends_in_name(name: str, suffix: str) -> bool:
+    """Whether ``suffix`` is a module's whole name or a dotted ending of it."""
     clean = strip_wrappers(name)
     return suffix in (name, clean) or clean.endswith("." + suffix)
 

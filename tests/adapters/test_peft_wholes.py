@@ -8,7 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_classifier import ROWS, classifier
-from tiny_peft import CONFIG, SIZES, TENSORS, base, config_of, edit, fill, logits
+from tiny_peft import (
+    CONFIG,
+    SIZES,
+    TENSORS,
+    base,
+    by_peft,
+    config_of,
+    edit,
+    fill,
+    in_peft,
+    llm,
+    logits,
+)
 from torch import nn
 
 from lora_kernels import (
@@ -29,36 +41,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
 ]
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
-
-
-def llm(tied, rows=64, seed=3):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied)).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter)
-    if rows != 64:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    return model
-
-
-def by_peft(model, directory, task=None, **settings):
-    from peft import LoraConfig, get_peft_model
-
-    targets = settings.pop("target_modules", ["q_proj"])
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type=task, **settings)
-    model = get_peft_model(model, config).eval()
-    fill(p for p in model.parameters() if p.requires_grad)
-    model.save_pretrained(directory)
-    return model
-
-
-def in_peft(model, directory):
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, directory).eval()
 
 
 def outputs(model, ids=ROWS):

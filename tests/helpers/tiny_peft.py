@@ -57,6 +57,38 @@ def base(name, seed=3, dtype=torch.float32):
     return model
 
 
+def llm(tied, rows=64, seed=3):
+    """A Qwen2 whose head is tied to the embeddings or not, resized where ``rows`` are not 64."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    if rows != 64:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
+
+
+def by_peft(model, directory, task=None, **settings):
+    """PEFT's adapter on ``model``, not what it began with, saved to ``directory``."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = settings.pop("target_modules", ["q_proj"])
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type=task, **settings)
+    model = get_peft_model(model, config).eval()
+    fill(p for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(directory)
+    return model
+
+
+def in_peft(model, directory):
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, directory).eval()
+
+
 def logits(model):
     with torch.no_grad():
         return model(input_ids=TOKENS).logits
