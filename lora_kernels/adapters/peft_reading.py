@@ -136,6 +136,11 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], Content]:
             problems.append(
                 f"{key}: {CONFIG} says rank {layer.rank}, found shape {list(tensor.shape)}"
             )
+    asked = config.get("trainable_token_indices")
+    if asked and not any(key.endswith(DELTA) for key in content):
+        problems.append(
+            f"trainable_token_indices is {reprlib.repr(asked)}, and no key ends in {DELTA}"
+        )
     if problems:
         raise ValueError("\n  ".join(["not a LoRA adapter that can be loaded", *problems]))
     tying = bool(config.get("ensure_weight_tying"))
