@@ -76,13 +76,14 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
     config: LMConfig
     config_class = LMConfig
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # the loss here is a mean; Trainer must do its own accumulation
+    accepts_loss_kwargs = True  # num_items_in_batch
     _supports_sdpa = True
     _no_split_modules = ["Block"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # so that Trainer leaves first tokens out of its count
         self.names = names = config.structure.names
         self._input_embed_layer = names.path(names.embedding)
         self._tied_weights_keys = {f"{names.head}.weight": f"{names.path(names.embedding)}.weight"}
