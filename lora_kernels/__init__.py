@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .adapters.accelerate import PeftReport, accelerate_peft
+from .adapters.carried import lora_adapters, lora_layers
 from .adapters.merging import merge_lora, merged_lora
 from .adapters.reading import AdapterMismatchError, holds_adapter, read_adapter
+from .adapters.selection import disable_lora, use_lora
 from .adapters.storage import load_lora, lora_state_dict, save_lora
 from .adapters.surgery import (
     apply_lora,
-    disable_lora,
-    lora_layers,
     lora_parameters,
     mark_only_lora_as_trainable,
     remove_lora,
@@ -20,7 +20,8 @@ from .config import LoRAConfig
 from .dispatch import explain, use_backend
 from .kernels.tuning import use_strategy
 from .linear.autograd import lora_linear
-from .linear.module import LoRA, LoRALinear
+from .linear.factors import LoRA
+from .linear.module import LoRALinear
 
 if TYPE_CHECKING:
     from .adapters.callback import LoRACallback as LoRACallback
@@ -39,6 +40,7 @@ __all__ = [
     "explain",
     "holds_adapter",
     "load_lora",
+    "lora_adapters",
     "lora_layers",
     "lora_linear",
     "lora_parameters",
@@ -50,6 +52,7 @@ __all__ = [
     "remove_lora",
     "save_lora",
     "use_backend",
+    "use_lora",
     "use_strategy",
 ]
 

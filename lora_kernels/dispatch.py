@@ -192,6 +192,8 @@ def explain(module_or_tensors: nn.Module | Tensor | tuple[Any, ...] | list[Any])
     """
     if isinstance(module_or_tensors, nn.Module):
         tensors: list[Any] = _tensors_of(module_or_tensors)
+        if not tensors:
+            return "reference: no adapter is in use, torch's own linear is called"
     elif isinstance(module_or_tensors, (tuple, list)) and module_or_tensors:
         tensors = list(module_or_tensors)
     else:
@@ -209,14 +211,18 @@ def explain(module_or_tensors: nn.Module | Tensor | tuple[Any, ...] | list[Any])
 
 
 def _tensors_of(module: nn.Module) -> list[Any]:
-    """Stand-ins for a call's arguments: the weight for x, and A and B where the module has them."""
+    """Stand-ins for a call's arguments: the weight for x, and A and B where the module has them.
+
+    Nothing of a LoRALinear without an adapter in use.
+    """
     floating = next((p for p in module.parameters() if p.is_floating_point()), None)
     if floating is None:
         raise ValueError(
             f"{type(module).__name__} has no floating-point parameter to judge by; "
             "pass the input tensor instead"
         )
-    weight, lora = getattr(module, "weight", None), getattr(module, "lora", None)
-    if isinstance(weight, torch.Tensor) and isinstance(lora, nn.Module):
-        return [weight, weight, lora.A.weight, lora.B.weight]  # type: ignore[union-attr, list-item]
+    factors = getattr(module, "lora_factors", None)
+    if callable(factors):
+        pair = factors()
+        return [module.weight, module.weight, *pair] if pair else []
     return [floating]

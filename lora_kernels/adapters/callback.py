@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from ..linear.factors import DEFAULT
 from .reading import BESIDE
 from .sharding import is_sharded
 from .storage import save_lora
@@ -27,17 +28,18 @@ class LoRACallback(TrainerCallback):
     Args:
         name: of the file (``.safetensors`` or ``.pth``), or without a suffix of a directory in
             PEFT's format. `load_lora` finds the default by itself, of another give it the path.
+        adapter: the name of the one that is saved.
 
     Raises:
-        ValueError: at the beginning of training where the model carries no LoRA; and as
+        ValueError: at the beginning of training where the model carries no such adapter; and as
             `save_lora`.
     """
 
-    def __init__(self, name: str = BESIDE) -> None:
-        self.name = name
+    def __init__(self, name: str = BESIDE, adapter: str = DEFAULT) -> None:
+        self.name, self.adapter = name, adapter
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        lora_parameters(kwargs["model"])
+        lora_parameters(kwargs["model"], self.adapter)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._save(kwargs["model"], Path(args.output_dir, f"checkpoint-{state.global_step}"), state)
@@ -47,5 +49,7 @@ class LoRACallback(TrainerCallback):
 
     def _save(self, model: nn.Module, directory: Path, state: Any) -> None:
         # What is sharded, all gather and one writes; copies of one model, one writes by itself.
-        if state.is_world_process_zero or any(map(is_sharded, lora_parameters(model))):
-            save_lora(model, directory / self.name)
+        if state.is_world_process_zero or any(
+            map(is_sharded, lora_parameters(model, self.adapter))
+        ):
+            save_lora(model, directory / self.name, name=self.adapter)

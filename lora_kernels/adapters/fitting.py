@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LayerConfig
-from ..linear.module import LoRALinear
+from ..linear.factors import DEFAULT, LoRA
+from .carried import Part, adapters_in_use, parts
 from .content import Content
 from .fitting_wholes import WholeFit, fit_wholes
 from .reading import SUFFIXES, AdapterMismatchError, without_wrappers
 from .sharding import is_sharded
-from .surgery import lora_layers
-from .targets import strip_wrappers
+from .targets import ADAPTABLE, strip_wrappers
+from .wholes import whole_slots
 
 
 class Fit(NamedTuple):
@@ -24,7 +25,8 @@ class Fit(NamedTuple):
 
     Attributes:
         loaded: modules to load, without wrapper prefixes, in module order.
-        inserted: layers to insert before, by the model's own names; empty where it carries LoRA.
+        inserted: layers to insert before, by the model's own names; empty where it carries the
+            adapter.
         wholes: what to load besides.
     """
 
@@ -38,15 +40,17 @@ def fit(
     path: Path,
     content: Content,
     strict: bool,
+    adapter: str = DEFAULT,
 ) -> Fit:
-    """Hold what `read_content` gave of ``path`` against ``model``, which is left as it is.
+    """Hold what `read_content` gave of ``path`` against the adapter of ``model`` that has this
+    name, or against the bare model where none has. It is left as it is.
 
     Raises:
         AdapterMismatchError: what is missing, unexpected, mis-shaped or out of range, by name.
     """
     pairs, described = content.pairs, content.described
     by_clean_name = {strip_wrappers(name): name for name, _ in model.named_modules()}
-    layers = without_wrappers(lora_layers(model))
+    layers = without_wrappers(parts(model, adapter))
     fresh = not layers
     wanted: dict[str, LayerConfig] = {}
     if fresh:
@@ -68,8 +72,8 @@ def fit(
         problems.append("the file and the model have no module in common")
     for name in loaded:
         problems += _differences(name, layers[name], pairs[name], described.get(name), fresh)
-    wholes = fit_wholes(model, content, fresh, strict)
-    problems += wholes.problems
+    wholes = fit_wholes(model, content, fresh, strict, adapter)
+    problems += wholes.problems + _clashes(model, wholes.inserted, adapter)
     if problems:
         raise AdapterMismatchError(
             f"{path} does not fit the model; nothing was loaded.\n  " + "\n  ".join(problems)
@@ -82,7 +86,7 @@ def _trial_layers(
     wanted: Mapping[str, LayerConfig],
     by_clean_name: Mapping[str, str],
     path: Path,
-) -> dict[str, LoRALinear]:
+) -> dict[str, Part]:
     """What the layers would be, on the meta device, to hold the file against."""
     problems, layers = [], {}
     modules = dict(model.named_modules())
@@ -90,23 +94,21 @@ def _trial_layers(
         module = modules.get(by_clean_name.get(name, ""))
         if name not in by_clean_name:
             problems.append(f"the model has no module {name!r}")
-        elif type(module) is not nn.Linear:
+        elif not isinstance(module, nn.Linear) or type(module) not in ADAPTABLE:
             problems.append(f"{name!r} is a {type(module).__name__}, not an nn.Linear")
         elif is_sharded(module.weight):
             problems.append(f"{name!r} is sharded already; load the adapter before fully_shard")
         elif module.weight.is_meta:
             problems.append(f"{name!r} is on the meta device; give the model memory first")
         else:
-            layers[name] = LoRALinear(
+            lora = LoRA(
                 module.in_features,
                 module.out_features,
-                rank=layer.rank,
-                alpha=layer.alpha,
-                dropout=layer.dropout,
-                use_rslora=layer.use_rslora,
+                layer.rank,
                 device="meta",
                 dtype=module.weight.dtype,
             )
+            layers[name] = Part(lora, layer)
     if problems:
         raise AdapterMismatchError(
             f"{path} does not fit the model; nothing was loaded.\n  " + "\n  ".join(problems)
@@ -116,7 +118,7 @@ def _trial_layers(
 
 def _differences(
     name: str,
-    layer: LoRALinear,
+    layer: Part,
     pair: Mapping[str, Tensor],
     described: LayerConfig | None,
     fresh: bool,
@@ -132,12 +134,27 @@ def _differences(
             problems.append(f"{name}{suffix}: too large for the model's {weight.dtype}")
         if weight.is_meta and not fresh:
             problems.append(f"{name}{suffix}: is on the meta device; give the model memory first")
-    if described is not None and described.scale != layer.scale:
+    if described is not None and described.scale != layer.config.scale:
         problems.append(
             f"{name}: the file was trained with scale {described.scale:g} (rank {described.rank}, "
-            f"alpha {described.alpha}), the model has {layer.scale:g}; apply LoRA with that alpha"
+            f"alpha {described.alpha}), the model has {layer.config.scale:g}; apply LoRA with that "
+            "alpha"
         )
     return problems
+
+
+def _clashes(model: nn.Module, names: list[str], adapter: str) -> list[str]:
+    """What an adapter in use would have whole, and another in use has already."""
+    used = adapters_in_use(model)
+    if adapter not in used:
+        return []
+    others = [other for other in used if other != adapter]
+    return [
+        f"{name}: {other!r}, which is in use too, trains it whole; use one of them at a time"
+        for other in others
+        for name in whole_slots(model, other)
+        if name in names
+    ]
 
 
 def _listed(names: list[str], most: int = 8) -> str:

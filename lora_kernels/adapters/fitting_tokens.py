@@ -35,9 +35,13 @@ def of_tokens(name: str) -> bool:
 
 
 def fit_tokens(
-    model: nn.Module, own: Mapping[str, Slot], values: Mapping[str, Any], may_insert: bool
+    model: nn.Module,
+    own: Mapping[str, Slot],
+    values: Mapping[str, Any],
+    may_insert: bool,
+    adapter: str,
 ) -> TokenFit:
-    """Hold the tensors of a file that are `of_tokens` against ``model``."""
+    """Hold the tensors of a file that are `of_tokens` against what ``adapter`` has, ``own``."""
     fit = TokenFit({}, {}, [])
     modules = dict.fromkeys(name.removesuffix(WEIGHT).removesuffix(INDEX) for name in values)
     for module in modules:
@@ -53,7 +57,7 @@ def fit_tokens(
             )
         elif module + WEIGHT in own:
             order = torch.argsort(index)
-            fit.problems.extend(_unlike(own[module + INDEX], index[order]))
+            fit.problems.extend(_unlike(own[module + INDEX].value_of(adapter), index[order]))
             fit.loaded[module + WEIGHT] = rows[order]
         elif may_insert:
             fit.inserted[module] = (index, rows)
@@ -67,12 +71,12 @@ def fit_tokens(
     return fit
 
 
-def _unlike(index: Slot, wanted: Tensor) -> list[str]:
-    if index.value.tolist() == wanted.tolist():
+def _unlike(index: Tensor, wanted: Tensor) -> list[str]:
+    if index.tolist() == wanted.tolist():
         return []
     return [
         f"the file has the tokens {wanted.tolist()[:8]}, the model trains "
-        f"{index.value.tolist()[:8]}; give apply_lora those trainable_token_indices"
+        f"{index.tolist()[:8]}; give apply_lora those trainable_token_indices"
     ]
 
 

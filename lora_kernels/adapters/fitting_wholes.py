@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..linear.factors import DEFAULT
 from .content import Content
 from .fitting_tokens import fit_tokens, of_tokens
 from .heads import classifier_heads
 from .sharding import whole
 from .targets import strip_wrappers
-from .wholes import DEFAULT, Slot, is_inside, names_inside, refusals, slots, whole_slots
+from .wholes import Slot, is_inside, names_inside, refusals, slots, whole_slots
 
 
 class WholeFit(NamedTuple):
@@ -67,7 +68,7 @@ def fit_wholes(
                 )
             values = {name: t for name, t in values.items() if name not in unexpected}
         values |= copies
-    rows = fit_tokens(model, own, {n: t for n, t in values.items() if of_tokens(n)}, fresh)
+    rows = fit_tokens(model, own, {n: t for n, t in values.items() if of_tokens(n)}, fresh, adapter)
     problems += rows.problems
     values = {name: t for name, t in values.items() if not of_tokens(name)}
     if strict and missing:
@@ -126,7 +127,7 @@ def _differing(
         slot = found.get(name)
         if slot is None:
             strange.append(f"unexpected key {name!r}: the model has no such parameter")
-        elif not _equal(slot.value, copy):
+        elif not _equal(slot.value_of(None), copy):
             if not any(slot.module is end for end in ends):
                 strange.append(
                     f"unexpected key {name!r}: it is the base's, and another than the model's; "

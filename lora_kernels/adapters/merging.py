@@ -9,13 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..linear.module import ACTIVE, MERGED, LoRALinear
-from .surgery import (
-    parameter_owners,
-    refuse_root,
-    refuse_sharded_layers,
-    replace_modules,
-    require_lora,
-)
+from .carried import lora_layers, require_lora
+from .surgery import parameter_owners, refuse_root, refuse_sharded_layers, replace_modules
 from .tokens import fold_tokens
 from .wholes import keep_wholes
 
@@ -24,18 +19,20 @@ def merge_lora(model: nn.Module) -> list[str]:
     """Fold ``scale·B·A`` into each weight, in place, and leave plain ``nn.Linear`` modules.
 
     The sum is taken in float32 (or wider) and rounded once into the weight's dtype. Modules that
-    are trained whole keep what they have learnt.
+    are trained whole keep what they have learnt. Of several adapters those in use are folded in,
+    each times its weight, see `use_lora`; the others are dropped.
 
     Returns:
         The names of the merged modules.
 
     Raises:
-        ValueError: the model carries no LoRA, is inside `merged_lora` or `disable_lora`, a merged
-            weight would not be finite in its dtype, or a weight is tied, sharded or on the meta
-            device. Nothing is changed then.
+        ValueError: the model carries no LoRA or has none in use, is inside `merged_lora` or
+            `disable_lora`, a merged weight would not be finite in its dtype, or a weight is tied,
+            sharded or on the meta device. Nothing is changed then.
     """
     layers = _mergeable(model)
     refuse_root(model)
+    unused = [layer for layer in lora_layers(model).values() if not layer.adapters_in_use]
     for name, layer in layers.items():
         # All are known to be good before the first is written, without a second copy of each.
         _refuse_unmergeable(name, layer)
@@ -44,7 +41,8 @@ def merge_lora(model: nn.Module) -> list[str]:
             layer.weight.copy_(_merged_weight(layer))
     fold_tokens(model)
     keep_wholes(model)
-    replace_modules(model, {id(layer): layer.to_linear() for layer in layers.values()})
+    all_layers = (*layers.values(), *unused)
+    replace_modules(model, {id(layer): layer.to_linear() for layer in all_layers})
     return list(layers)
 
 
@@ -78,8 +76,14 @@ def merged_lora(model: nn.Module) -> Iterator[None]:
 
 
 def _mergeable(model: nn.Module) -> dict[str, LoRALinear]:
-    layers = require_lora(model, "merge")
-    refuse_sharded_layers(model, layers)
+    """The layers with an adapter in use, if they can be merged."""
+    carrying = require_lora(model, "merge")
+    refuse_sharded_layers(model, carrying)
+    layers = {name: layer for name, layer in carrying.items() if layer.adapters_in_use}
+    if not layers:
+        raise ValueError(
+            "cannot merge: no adapter is in use; call use_lora with the names of those to merge"
+        )
     owners = parameter_owners(model)
     for name, layer in layers.items():
         if layer._lora_state != ACTIVE:
@@ -105,11 +109,14 @@ def _refuse_unmergeable(name: str, layer: LoRALinear) -> None:
 
 def _surely_finite(layer: LoRALinear) -> bool:
     """Whether the largest values of the weight, A and B leave the sum no room to overflow."""
-    operands = [t.detach() for t in (layer.weight, layer.lora.A.weight, layer.lora.B.weight)]
+    pairs = layer.pairs().values()
+    operands = [layer.weight, *(factor for a, b, _ in pairs for factor in (a, b))]
+    operands = [operand.detach() for operand in operands]
     if not all(t.numel() for t in operands):
         return False
-    weight, a, b = (max(map(abs, torch.stack(t.aminmax()).tolist())) for t in operands)
-    bound = weight + max(1.0, abs(layer.scale)) * layer.rank * a * b  # NaN if there is one anywhere
+    bound, *largest = (max(map(abs, torch.stack(t.aminmax()).tolist())) for t in operands)
+    for (factor, _, scale), a, b in zip(pairs, largest[::2], largest[1::2], strict=True):
+        bound += max(1.0, abs(scale)) * factor.shape[0] * a * b  # NaN if there is one anywhere
     return bound < 0.99 * min(torch.finfo(t.dtype).max for t in operands)
 
 

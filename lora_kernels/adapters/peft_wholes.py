@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from ..linear.factors import DEFAULT
 from ..linear.module import LoRALinear
 from .fitting_tokens import INDEX, WEIGHT
 from .peft_reading import DELTA
 from .targets import strip_wrappers
 from .tokens import TokenRows
-from .wholes import DEFAULT, is_inside, whole_slots, whole_tensors
+from .wholes import is_inside, whole_slots, whole_tensors
 
 # By the end of a class's name; PEFT trains the heads of the first three whole by itself.
 _TASKS = {
@@ -60,7 +61,7 @@ def whole_fields(
     }
     if tokens:
         fields["trainable_token_indices"] = tokens
-    tensors = [slots[name].value for name in slots]
+    tensors = [slot.value_of(adapter) for slot in slots.values()]
     if len({id(tensor) for tensor in tensors}) < len(tensors):
         fields["ensure_weight_tying"] = True
     return fields, names

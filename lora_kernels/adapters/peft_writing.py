@@ -15,19 +15,24 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..linear.module import LoRALinear
+from ..linear.factors import DEFAULT
+from .carried import Part
 from .files import write_together
 from .peft_reading import CONFIG, FACTORS, PREFIX, TENSORS
 from .peft_wholes import task_type, whole_fields
 from .sharding import is_writer, whole
-from .targets import strip_wrappers
+from .targets import own_modules, strip_wrappers
 from .wholes import whole_tensors
 
 
 def write_directory(
-    directory: Path, model: nn.Module, layers: Mapping[str, LoRALinear], fold_scale: bool = False
+    directory: Path,
+    model: nn.Module,
+    layers: Mapping[str, Part],
+    adapter: str = DEFAULT,
+    fold_scale: bool = False,
 ) -> None:
-    """Write the adapter of ``model``, its LoRALinears by clean name, into ``directory``.
+    """Write an adapter of ``model``, what its layers have of it by clean name, into ``directory``.
 
     Both files appear or neither; whatever else is in the directory is left alone. Of a sharded
     model every process gathers, and the first writes.
@@ -35,7 +40,7 @@ def write_directory(
     Raises:
         ValueError: PEFT's format cannot say it, or the place is taken. Nothing is written then.
     """
-    tensors, config = _contents(model, layers, fold_scale)
+    tensors, config = _contents(model, layers, adapter, fold_scale)
     if not is_writer(layer.lora.A.weight for layer in layers.values()):
         return
     text = json.dumps(config, indent=2) + "\n"
@@ -43,7 +48,7 @@ def write_directory(
 
 
 def _contents(
-    model: nn.Module, layers: Mapping[str, LoRALinear], fold_scale: bool = False
+    model: nn.Module, layers: Mapping[str, Part], adapter: str, fold_scale: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What the two files hold: the tensors, copied to the CPU, and the config."""
     if "" in layers:
@@ -51,7 +56,7 @@ def _contents(
             "model itself is a LoRALinear, for which PEFT's format has no name; put it into a "
             "module first, or save to a .safetensors file"
         )
-    configs = {name: layer.lora_config for name, layer in layers.items()}
+    configs = {name: layer.config for name, layer in layers.items()}
     dropout = _common("dropout", {name: layer.dropout for name, layer in configs.items()})
     ranks = {name: layer.rank for name, layer in configs.items()}
     factors = {
@@ -78,8 +83,8 @@ def _contents(
         {n: int(a) if float(a).is_integer() else a for n, a in alphas.items()}
     )
     base = _innermost(model)
-    wholes = {name: _copy(tensor) for name, tensor in whole_tensors(model).items()}
-    fields, names = whole_fields(model, layers)
+    wholes = {name: _copy(tensor) for name, tensor in whole_tensors(model, adapter).items()}
+    fields, names = whole_fields(model, layers, adapter)
     config = {
         "peft_type": "LORA",
         "task_type": task_type(base, fields["modules_to_save"] or ()),
@@ -156,7 +161,6 @@ def _base_name(base: nn.Module) -> str | None:
 
 def _namesakes(model: nn.Module, layers: Iterable[str]) -> str | None:
     """A regular expression for the modules whose names merely end in an adapted one's."""
-    own = {f"{name}{inner}" for name in layers for inner in ("", ".lora", ".lora.A", ".lora.B")}
     endings = tuple(f".{name}" for name in layers)
-    names = {strip_wrappers(name) for name, _ in model.named_modules()} - own
+    names = {strip_wrappers(name) for name in own_modules(model)} - set(layers)
     return "|".join(re.escape(n) for n in sorted(names) if n.endswith(endings)) or None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import LayerConfig
+from ..linear.factors import DEFAULT
 from ..linear.module import DTYPES
 from .content import Content, RenamedTensors
 from .peft_reading import CONFIG, TENSORS, holds_peft_files, read_directory
@@ -26,6 +28,9 @@ SUFFIXES = {"A": ".lora.A.weight", "B": ".lora.B.weight"}
 METADATA, VERSION = "lora_kernels", 1
 # The adapter that lies beside a checkpoint of the whole model.
 BESIDE = "lora.safetensors"
+# Keys of a model's state dict: adapters that have a name, and the one that was given none.
+_OF_OTHERS = re.compile(r"\.loras\.([^.]+)\.([AB]\.weight)$")
+_OF_DEFAULT = re.compile(r"\.lora\.[AB]\.weight$")
 _OF_BUFFERS = (torch.int64, torch.int32, torch.bool)
 Value = TypeVar("Value")
 
@@ -47,13 +52,14 @@ def read_adapter(
     return {name: dict(pair) for name, pair in content.pairs.items()}, dict(content.described)
 
 
-def read_content(path: Path) -> Content:
-    """All that ``path`` holds of an adapter.
+def read_content(path: Path, adapter: str = DEFAULT) -> Content:
+    """All that ``path`` holds of an adapter; of a checkpoint with several, of the one of this name,
+    or else of ``default``.
 
     Raises:
         FileNotFoundError, AdapterMismatchError, ValueError: as `load_lora`.
     """
-    state, content = _read(path)
+    state, content = _read(path, adapter)
     pairs, problems = _pairs(state)
     for name, tensor in {**content.whole, **content.copies}.items():
         problems += tensor_problems(name, tensor, (*DTYPES, *_OF_BUFFERS))
@@ -71,7 +77,7 @@ def holds_adapter(path: str | os.PathLike[str]) -> bool:
     Raises:
         FileNotFoundError, AdapterMismatchError, ValueError: as `load_lora` on unreadable files.
     """
-    return any(key.endswith(tuple(SUFFIXES.values())) for key in _read(Path(path))[0])
+    return any(key.endswith(tuple(SUFFIXES.values())) for key in _read(Path(path), None)[0])
 
 
 def kind_of(path: Path) -> str:
@@ -88,36 +94,66 @@ def kind_of(path: Path) -> str:
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Content]:
-    """The tensors that are an adapter's or nobody's, by clean names, and what else is there."""
+def _read(path: Path, adapter: str | None) -> tuple[dict[str, Any], Content]:
+    """The tensors that are an adapter's or nobody's, by clean names, and what else is there.
+
+    Without a name it is any adapter's.
+    """
     kind = kind_of(path)
     try:
         if kind == "directory":
-            return _read_directory(path)
+            return _read_directory(path, adapter)
         if not path.is_file():
             raise FileNotFoundError(f"no adapter file at {path}; check the path")
         if kind == "torch":
-            return _sorted(read_pickled(path), None)
+            return _sorted(_of_one(read_pickled(path), adapter), None)
         lazy = LazyTensors(path)
-        return _sorted(lazy, lazy.metadata.get(METADATA))
+        return _sorted(_of_one(lazy, adapter), lazy.metadata.get(METADATA))
     except ValueError as error:
         raise AdapterMismatchError(f"{path}: {error}") from None
 
 
-def _read_directory(directory: Path) -> tuple[dict[str, Any], Content]:
+def _read_directory(directory: Path, adapter: str | None) -> tuple[dict[str, Any], Content]:
     if holds_peft_files(directory):
         state, content = read_directory(directory)
         whole, copies = without_wrappers(content.whole), without_wrappers(content.copies)
         return without_wrappers(state), replace(content, whole=whole, copies=copies)
     if (directory / BESIDE).is_file():
-        return _read(directory / BESIDE)
+        return _read(directory / BESIDE, adapter)
     checkpoint = read_checkpoint(directory)
-    if checkpoint is not None and any(key.endswith(SUFFIXES["A"]) for key in checkpoint):
-        return _sorted(checkpoint, None)
+    if checkpoint is not None:
+        checkpoint = _of_one(checkpoint, adapter)
+        if any(key.endswith(SUFFIXES["A"]) for key in checkpoint):
+            return _sorted(checkpoint, None)
     raise FileNotFoundError(
         f"no adapter at {directory}: neither {TENSORS} nor {CONFIG} is there, nor {BESIDE}, nor a "
         f"checkpoint with keys that end in {SUFFIXES['A']}; check the path"
     )
+
+
+def _of_one(state: Mapping[str, Any], adapter: str | None) -> Mapping[str, Any]:
+    """Of what a model with several adapters saved, the base and one of them, by default's names."""
+    others = {key: match for key in state if (match := _OF_OTHERS.search(key))}
+    if not others:
+        return state
+    names = list(dict.fromkeys(match[1] for match in others.values()))
+    has_default = any(key.endswith(SUFFIXES["A"]) for key in state if key not in others)
+    if adapter is None and not has_default:
+        adapter = names[0]
+    if adapter in names:
+        kept = {
+            _OF_OTHERS.sub(r".lora.\2", key): key
+            for key in state
+            if (others[key][1] == adapter if key in others else not _OF_DEFAULT.search(key))
+        }
+    elif has_default:
+        kept = {key: key for key in state if key not in others}
+    else:
+        raise ValueError(
+            f"it holds {', '.join(map(repr, names))}, and no adapter named {adapter!r}; give "
+            "load_lora one of these names"
+        )
+    return RenamedTensors(state, kept)
 
 
 def _sorted(state: Mapping[str, Any], metadata: str | None) -> tuple[dict[str, Any], Content]:

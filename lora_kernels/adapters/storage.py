@@ -26,7 +26,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..linear.module import LoRALinear
+from ..linear.factors import DEFAULT, check_adapter_name
+from .carried import Part, adapters_in_use, parts, refuse_inside_block, require_parts
 from .files import write_atomically
 from .fitting import fit
 from .peft_writing import write_directory
@@ -41,28 +42,38 @@ from .reading import (
 )
 from .renaming import with_todays_names
 from .sharding import cut_like, is_writer, refuse_flattened, reshard, whole
-from .surgery import insert_lora, lora_layers, require_lora
+from .surgery import insert_lora
 from .tokens import insert_tokens
-from .wholes import DEFAULT, insert_wholes, whole_slots, whole_tensors
+from .wholes import insert_wholes, use_wholes, whole_slots, whole_tensors
 
 
-def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def lora_state_dict(model: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:
     """``{"<module>.lora.A.weight": [R, K], "<module>.lora.B.weight": [N, R]}``, detached, and what
     is trained whole under the names that it has in the model's own state dict.
 
     Wrapper prefixes are dropped from the names. The tensors share storage with the model; those of
     a sharded model (FSDP2) are gathered, for which every process must make this call.
 
+    Args:
+        model: carries LoRA.
+        name: of the adapter, which is no part of the keys.
+
     Raises:
-        ValueError: the model carries no LoRA, or FSDP1 has flattened it.
+        ValueError: the model carries no LoRA or none of this name, or FSDP1 has flattened it.
     """
-    layers = without_wrappers(require_lora(model, "lora_state_dict"))
-    tensors = {**_factors(model, layers), **whole_tensors(model)}
+    layers = without_wrappers(require_parts(model, name, "lora_state_dict"))
+    tensors = {**_factors(model, layers), **whole_tensors(model, name)}
     return {key: whole(tensor.detach()) for key, tensor in tensors.items()}
 
 
-def save_lora(model: nn.Module, path: str | os.PathLike[str], *, fold_scale: bool = False) -> None:
-    """Write the adapter to ``path``, in its own dtype.
+def save_lora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str = DEFAULT,
+    fold_scale: bool = False,
+) -> None:
+    """Write an adapter to ``path``, in its own dtype.
 
     ``.pth``, ``.pt`` and ``.safetensors`` are files; an existing directory, or a new path without
     a suffix, becomes an adapter in PEFT's format (other files in it are left alone). What is
@@ -74,27 +85,28 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str], *, fold_scale: boo
     Args:
         model: carries LoRA.
         path: where to.
+        name: of the adapter, whether it is in use or not. It is no part of what is written.
         fold_scale: of a directory only: multiply the scale into B (in float32 or wider, rounded
             once to its dtype) and pad every rank with zeros to the widest, so that ``r`` and
             ``lora_alpha`` are the same everywhere and make a scale of 1. For servers that pass
             over ``rank_pattern``, ``alpha_pattern`` or ``use_rslora``; to train on, save without.
 
     Raises:
-        ValueError: another suffix, the model carries no LoRA, FSDP1 has flattened it, or PEFT's
-            format cannot hold it: dropout or rsLoRA differ between modules, or the model itself is
-            the LoRALinear.
+        ValueError: another suffix, the model carries no LoRA or none of this name, FSDP1 has
+            flattened it, or PEFT's format cannot hold it: dropout or rsLoRA differ between modules,
+            or the model itself is the LoRALinear.
     """
     path = Path(path)
     kind = kind_of(path)
-    layers = without_wrappers(require_lora(model, "save_lora"))
+    layers = without_wrappers(require_parts(model, name, "save_lora"))
     factors = _factors(model, layers)
     if kind == "directory":
-        write_directory(path, model, layers, fold_scale)
+        write_directory(path, model, layers, name, fold_scale)
         return
     if fold_scale:
         raise ValueError(f"fold_scale is for a directory in PEFT's format, got {str(path)!r}")
-    wholes = whole_tensors(model)
-    frozen = [name for name, slot in whole_slots(model, DEFAULT).items() if slot.is_frozen(DEFAULT)]
+    wholes = whole_tensors(model, name)
+    frozen = [key for key, slot in whole_slots(model, name).items() if slot.is_frozen(name)]
     if kind == "torch" and frozen:
         raise ValueError(
             f"a {path.suffix} file cannot say that {frozen[0]!r} is the base's; save to a "
@@ -112,7 +124,7 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str], *, fold_scale: boo
         return
     description: dict[str, Any] = {
         "version": VERSION,
-        "modules": {name: asdict(layer.lora_config) for name, layer in layers.items()},
+        "modules": {module: asdict(part.config) for module, part in layers.items()},
     }
     if wholes:
         trained = [name for name in wholes if name not in frozen]
@@ -121,23 +133,34 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str], *, fold_scale: boo
     write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
 
 
-def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> list[str]:
-    """Load the adapter at ``path`` into ``model``; on a model without LoRA, apply it first.
+def load_lora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    name: str = DEFAULT,
+) -> list[str]:
+    """Load the adapter at ``path`` into ``model``; on a model without it, apply it first.
+
+    The first adapter of a model is in use at once; a further one, by another name, waits for
+    `use_lora`, and what the model computes stays as it is.
 
     Every key, shape, dtype and value is checked before the model is touched. Tensors are cast to
     the dtype and device of the model's factors. Files are read without unpickling code. Into a
     sharded model (FSDP2) each process loads its own part; LoRA must be on it already.
 
     Args:
-        model: carries LoRA on the same modules, or none at all.
+        model: carries an adapter of this name on the same modules, or none of this name at all.
         path: a file that `save_lora` wrote, a ``.pth`` of the same keys, or a directory with
             PEFT's ``adapter_model.safetensors`` (or ``.bin``) and ``adapter_config.json``. Also a
             checkpoint of the whole model with LoRA in it (``save_pretrained``, Trainer's
             ``checkpoint-<step>``): A and B are taken out of it, its other tensors are passed over.
             In such a directory ``lora.safetensors`` of `LoRACallback` comes first, which knows
             alpha; the checkpoint does not, and on a model without LoRA it loads with scale 1.
+            Of a checkpoint that holds several, the one of this name is taken, or else ``default``.
         strict: demand that the file and the model's adapter have the same modules. If false,
             modules on one side only are left alone; shapes must fit still.
+        name: of the adapter in the model. Files do not hold it.
 
     Returns:
         The names of the modules loaded, in module order.
@@ -146,15 +169,19 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
         FileNotFoundError: no such file.
         AdapterMismatchError: what is missing, unexpected, mis-shaped or not finite, by name; or
             what PEFT's config asks for that is not plain LoRA.
-        ValueError: another suffix, or FSDP1 has flattened the model.
+        ValueError: another suffix, FSDP1 has flattened the model, an adapter cannot be called so,
+            or one would have to be put in inside `disable_lora` or `merged_lora`.
     """
     path = Path(path)
-    content = with_todays_names(model, read_content(path))
-    _factors(model, without_wrappers(lora_layers(model)))  # refuses what FSDP1 has flattened
-    loaded, inserted, wholes = fit(model, path, content, strict)
+    check_adapter_name(name)
+    content = with_todays_names(model, read_content(path, name))
+    _factors(model, without_wrappers(parts(model, name)))  # refuses what FSDP1 has flattened
+    loaded, inserted, wholes = fit(model, path, content, strict, name)
+    if inserted or wholes.inserted or wholes.tokens:
+        refuse_inside_block(model, "load_lora of a new adapter")
     if inserted:
         try:
-            insert_lora(model, inserted)
+            insert_lora(model, inserted, name)
         except (TypeError, ValueError) as error:
             raise AdapterMismatchError(
                 f"{path} does not fit the model; nothing was loaded.\n  {error}"
@@ -165,27 +192,29 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
                 "were loaded with scale 1; call apply_lora with the alpha of the training first",
                 stacklevel=2,
             )
-    insert_wholes(model, wholes.inserted, frozen=wholes.frozen)
-    insert_tokens(model, wholes.tokens)
+    insert_wholes(model, wholes.inserted, name, frozen=wholes.frozen)
+    insert_tokens(model, wholes.tokens, name)
+    if wholes.inserted or wholes.tokens:
+        use_wholes(model, adapters_in_use(model))
     if wholes.frozen:
         warnings.warn(
             f"{path} holds {', '.join(wholes.frozen)} of its base, which differs from the "
             "model's: it is used with the adapter; disable_lora and remove_lora bring back yours",
             stacklevel=2,
         )
-    layers = without_wrappers(lora_layers(model))
+    layers = without_wrappers(parts(model, name))
     with torch.no_grad():
-        targets = whole_tensors(model)
-        for name, tensor in wholes.loaded.items():
-            targets[name].copy_(cut_like(targets[name], tensor))
-        for name in loaded:
-            for factor, tensor in content.pairs[name].items():
-                weight = getattr(layers[name].lora, factor).weight
+        targets = whole_tensors(model, name)
+        for key, tensor in wholes.loaded.items():
+            targets[key].copy_(cut_like(targets[key], tensor))
+        for module in loaded:
+            for factor, tensor in content.pairs[module].items():
+                weight = getattr(layers[module].lora, factor).weight
                 weight.copy_(cut_like(weight, tensor))
     return loaded
 
 
-def _factors(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+def _factors(model: nn.Module, layers: Mapping[str, Part]) -> dict[str, Tensor]:
     """A and B of each layer by their keys, sharded where the model is; refuses FSDP1's."""
     reshard(model)
     factors = {}

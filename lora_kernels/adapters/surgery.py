@@ -1,4 +1,4 @@
-"""Put LoRA into a model, switch it off, take it out.
+"""Put LoRA into a model, say what of it is trained, take it out.
 
 Everything is checked before the first module is touched: a call that raises leaves the model as
 it was.
@@ -6,32 +6,39 @@ it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from ..config import LayerConfig, LoRAConfig
-from ..linear.module import DISABLED, MERGED, LoRALinear
+from ..linear.factors import DEFAULT, check_adapter_name
+from ..linear.module import MERGED, LoRALinear
+from .carried import (
+    adapters_in_use,
+    known_adapters,
+    lora_layers,
+    refuse_inside_block,
+    require_lora,
+)
 from .sharding import refuse_sharded, reshard
-from .targets import find_targets, find_whole_modules, refuse_second_application, strip_wrappers
-from .tokens import drop_tokens, find_token_modules, insert_tokens, token_refusals
+from .targets import (
+    ADAPTABLE,
+    find_targets,
+    find_whole_modules,
+    refuse_second_application,
+    strip_wrappers,
+)
+from .tokens import drop_tokens, find_token_modules, has_tokens, insert_tokens, token_refusals
 from .wholes import (
-    bare,
     drop_wholes,
     insert_wholes,
     names_inside,
     refusals,
     slots,
+    use_wholes,
     whole_parameters,
+    whole_values,
 )
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every LoRALinear in ``model`` by its name, in module order."""
-    return {
-        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
-    }
 
 
 def apply_lora(
@@ -50,10 +57,14 @@ def apply_lora(
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     verbose: bool = True,
     config: LoRAConfig | None = None,
+    name: str = DEFAULT,
 ) -> list[str]:
     """Replace the targeted ``nn.Linear`` modules of ``model`` by `LoRALinear`, in place.
 
     The weights are shared, not copied, and nothing is frozen: see `mark_only_lora_as_trainable`.
+
+    A model may carry several adapters. Its first is in use at once; a further one waits for
+    `use_lora`, and what the model computes stays as it is.
 
     Args:
         model: any module; its linears are adapted wherever they sit.
@@ -61,16 +72,17 @@ def apply_lora(
             use_rslora, modules_to_save, bias, trainable_token_indices: see `LoRAConfig`.
         verbose: print ``apply lora on module: <name>`` for each, and ``train module whole: <name>``
             for those that are trained and saved whole.
-        config: all of the above at once; the others must then be left at their defaults.
+        config: all of the above but ``verbose`` at once; they must then be left at their defaults.
+        name: of the adapter, by which others of the same model are told from it.
 
     Returns:
         The names of the adapted modules, in module order.
 
     Raises:
         TypeError: a target is not exactly an ``nn.Linear`` with a floating-point weight.
-        ValueError: a target matches nothing, the model carries LoRA already, a weight is tied to
-            another module or sharded, a module to save cannot be trained, or an argument is out of
-            range. The model is left as it was.
+        ValueError: a target matches nothing, the model carries an adapter of this name already, a
+            weight is tied to another module or sharded, a module to save cannot be trained, or an
+            argument is out of range. The model is left as it was.
     """
     given = LoRAConfig(
         rank=rank,
@@ -91,26 +103,28 @@ def apply_lora(
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
     elif given != LoRAConfig():
         raise ValueError("config and its single arguments were both given; use one of the two")
+    check_adapter_name(name)
     whole_modules = find_whole_modules(model, config)
-    names = find_targets(model, config, whole_modules)
+    names = find_targets(model, config, whole_modules, name)
     wholes = _parameters_to_save(model, config.bias, names, whole_modules)
     if problems := refusals(model, wholes):
         raise ValueError(f"cannot train what modules_to_save or bias asks for: {problems[0]}")
     tokens = find_token_modules(model, config)
-    taken = [strip_wrappers(name) for name in (*whole_modules, *names)]
+    taken = [strip_wrappers(n) for n in (*whole_modules, *names)]
     problems = [f"{n!r} is adapted or trained whole already" for n in tokens if n in taken]
     if problems := problems or token_refusals(model, tokens):
         raise ValueError(f"cannot train what trainable_token_indices asks for: {problems[0]}")
-    insert_lora(model, {name: config.layer(strip_wrappers(name)) for name in names})
-    insert_wholes(model, wholes)
-    insert_tokens(model, {name: (indices, None) for name, indices in tokens.items()})
+    insert_lora(model, {n: config.layer(strip_wrappers(n)) for n in names}, name)
+    insert_wholes(model, wholes, name)
+    insert_tokens(model, {n: (indices, None) for n, indices in tokens.items()}, name)
+    use_wholes(model, adapters_in_use(model))
     if verbose:
-        for name in names:
-            print(f"apply lora on module: {name}")
-        for name in whole_modules:
-            print(f"train module whole: {name}")
-        for name, indices in tokens.items():
-            print(f"train tokens of module: {name}, {len(indices)}")
+        for target in names:
+            print(f"apply lora on module: {target}")
+        for module in whole_modules:
+            print(f"train module whole: {module}")
+        for module, indices in tokens.items():
+            print(f"train tokens of module: {module}, {len(indices)}")
     return names
 
 
@@ -129,29 +143,39 @@ def _parameters_to_save(
     ]
 
 
-def insert_lora(model: nn.Module, layers: Mapping[str, LayerConfig]) -> None:
-    """Replace each named module of ``model`` by a LoRALinear of that configuration.
+def insert_lora(
+    model: nn.Module, layers: Mapping[str, LayerConfig], adapter: str = DEFAULT
+) -> None:
+    """Make each named module of ``model`` a LoRALinear with an adapter of that configuration.
+
+    It is in use at once if it is the model's first.
 
     Raises:
         TypeError, ValueError: as `apply_lora`, before anything is changed.
     """
     reshard(model)
     modules = dict(model.named_modules())
-    refuse_second_application(modules)
+    refuse_second_application(modules, adapter)
+    refuse_inside_block(model, "another adapter")
     owners = parameter_owners(model)
     for name in layers:
         module = modules[name]
-        if module is model:
+        if module is model and type(module) is nn.Linear:
             raise ValueError(
                 "model itself is the linear to adapt and cannot be replaced from inside; "
                 "use LoRALinear.from_linear(model)"
             )
-        if type(module) is not nn.Linear:
+        if type(module) not in ADAPTABLE:
             raise TypeError(
                 f"target {name!r} is a {type(module).__name__}, not exactly an nn.Linear; "
                 "leave it out, by target_modules or exclude_modules"
             )
         refuse_sharded(name, module.weight, "put LoRA into the model first, then fully_shard it")
+        if has_tokens(module):
+            raise ValueError(
+                f"target {name!r} has single tokens that another adapter trains, which would hide "
+                "LoRA's part of them; leave it out"
+            )
         parent = modules[name.rpartition(".")[0]]
         if isinstance(parent, nn.TransformerEncoderLayer):
             raise TypeError(
@@ -164,93 +188,116 @@ def insert_lora(model: nn.Module, layers: Mapping[str, LayerConfig]) -> None:
                 f"target {name!r} shares its weight with {', '.join(map(repr, tied))}; LoRA on one "
                 "of them would change neither the other nor a merged copy rightly; leave it out"
             )
-    made: dict[int, nn.Module] = {}
+    made: dict[int, LoRALinear] = {}
     for name, layer in layers.items():
+        module = modules[name]
+        if isinstance(module, LoRALinear):
+            continue
         try:
-            made[id(modules[name])] = LoRALinear.from_linear(
-                modules[name],  # type: ignore[arg-type]
+            made[id(module)] = LoRALinear.from_linear(
+                module,  # type: ignore[arg-type]
                 layer.rank,
                 alpha=layer.alpha,
                 dropout=layer.dropout,
                 use_rslora=layer.use_rslora,
+                name=adapter,
             )
         except TypeError as error:
             raise TypeError(f"target {name!r}: {error}") from None
+    if lora_layers(model):
+        for fresh in made.values():
+            fresh.use_adapters({})
+    for name, layer in layers.items():
+        module = modules[name]
+        if isinstance(module, LoRALinear) and adapter not in module.lora_configs:
+            module.add_adapter(adapter, layer)
     replace_modules(model, made)
 
 
-@contextmanager
-def disable_lora(model: nn.Module) -> Iterator[None]:
-    """Run the bare base model for the length of the ``with``; may be nested.
+def remove_lora(model: nn.Module, name: str | None = None) -> list[str]:
+    """Take the adapters out, or one of them: a LoRALinear without any becomes the ``nn.Linear`` it
+    was made from, and what was trained whole what it was before.
 
-    Raises:
-        ValueError: the model carries no LoRA or is inside `merged_lora`.
-    """
-    layers = list(require_lora(model, "disable_lora").values())
-    if any(layer._lora_state == MERGED for layer in layers):
-        raise ValueError("disable_lora inside merged_lora; leave the merged_lora block first")
-    before = [layer._lora_state for layer in layers]
-    with bare(model):
-        try:
-            for layer in layers:
-                layer._lora_state = DISABLED
-            yield
-        finally:
-            for layer, state in zip(layers, before, strict=True):
-                layer._lora_state = state
-
-
-def remove_lora(model: nn.Module) -> list[str]:
-    """Take the adapter out: every LoRALinear becomes the ``nn.Linear`` it was made from, and what
-    was trained whole what it was before.
+    Args:
+        model: carries LoRA.
+        name: of the one adapter to take out; the others stay, in use as they were.
 
     Returns:
-        The names of the modules.
+        The names of the modules it was on.
 
     Raises:
-        ValueError: the model carries no LoRA, is inside `merged_lora`, or is sharded.
+        ValueError: the model carries no LoRA or none of this name, is inside `merged_lora`, or is
+            sharded.
     """
     layers = require_lora(model, "remove_lora")
-    refuse_root(model)
+    if name is not None:
+        known_adapters(model, name)
+        layers = {n: layer for n, layer in layers.items() if name in layer.lora_configs}
+    emptied = [layer for layer in layers.values() if name is None or len(layer.lora_configs) == 1]
+    if model in emptied:
+        refuse_root(model)
     if any(layer._lora_state == MERGED for layer in layers.values()):
         raise ValueError("remove_lora inside merged_lora; leave the merged_lora block first")
     refuse_sharded_layers(model, layers)
-    drop_wholes(model)
-    drop_tokens(model)
-    replace_modules(model, {id(layer): layer.to_linear() for layer in layers.values()})
+    drop_wholes(model, name)
+    drop_tokens(model, unused=True)
+    replace_modules(model, {id(layer): layer.to_linear() for layer in emptied})
+    for layer in layers.values():
+        if name is not None and layer not in emptied:
+            layer.remove_adapter(name)
     return list(layers)
 
 
-def mark_only_lora_as_trainable(model: nn.Module) -> None:
+def mark_only_lora_as_trainable(model: nn.Module, name: str | Sequence[str] | None = None) -> None:
     """Set ``requires_grad`` on `lora_parameters`, and clear it on all others.
 
+    Args:
+        model: carries LoRA.
+        name: of the adapter to train, or several; by default all that are in use. Others in use
+            are computed and not trained.
+
     Raises:
-        ValueError: the model carries no LoRA.
+        ValueError: the model carries no LoRA, or none of this name, or it is not in use and would
+            get no gradients.
     """
-    trained = {id(parameter) for parameter in lora_parameters(model)}
-    for parameter in model.parameters():
+    used = adapters_in_use(model)
+    idle = [n for n in known_adapters(model, name) if n not in used] if name is not None else []
+    if idle:
+        raise ValueError(
+            f"adapter {idle[0]!r} is not in use and would get no gradients; call "
+            f"use_lora(model, {idle[0]!r}) first"
+        )
+    trained = {id(parameter) for parameter in lora_parameters(model, name)}
+    for parameter in (*model.parameters(), *whole_values(model)):
         parameter.requires_grad_(id(parameter) in trained)
 
 
-def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+def lora_parameters(
+    model: nn.Module, name: str | Sequence[str] | None = None
+) -> list[nn.Parameter]:
     """The weights of A and B of every LoRALinear, in module order, and then the parameters that are
     trained whole (``modules_to_save``, ``bias``), as a list to use many times.
 
+    Args:
+        model: carries LoRA.
+        name: of one adapter or several, whether they are in use or not; by default those in use.
+
     Raises:
-        ValueError: the model carries no LoRA.
+        ValueError: the model carries no LoRA, none of this name, or none that is in use.
     """
     layers = require_lora(model, "lora_parameters")
     reshard(model)
-    factors = [p for layer in layers.values() for p in layer.lora.parameters()]
-    return factors + whole_parameters(model)
-
-
-def require_lora(model: nn.Module, caller: str) -> dict[str, LoRALinear]:
-    """As `lora_layers`, or ValueError where there are none."""
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError(f"{caller}: model has no LoRALinear; call apply_lora or load_lora first")
-    return layers
+    names = list(adapters_in_use(model)) if name is None else known_adapters(model, name)
+    if not names:
+        raise ValueError("no adapter is in use; call use_lora first, or name one")
+    factors = [
+        parameter
+        for layer in layers.values()
+        for adapter, lora in layer.adapters().items()
+        if adapter in names
+        for parameter in lora.parameters()
+    ]
+    return factors + whole_parameters(model, names)
 
 
 def refuse_sharded_layers(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:

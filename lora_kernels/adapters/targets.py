@@ -9,8 +9,12 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..config import LoRAConfig, ends_in
+from ..linear.factors import DEFAULT
 from ..linear.module import LoRALinear
 from .heads import classifier_heads, is_head_name
+
+# What LoRA goes on: nothing derived from them, which may compute something else.
+ADAPTABLE = (nn.Linear, LoRALinear)
 
 # Wrappers put these into module names; adapters are the same with and without them.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -28,7 +32,7 @@ def find_whole_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
         ValueError: a name of ``modules_to_save`` matches none, or one without parameters.
     """
     named = config.modules_to_save
-    modules = dict(model.named_modules())
+    modules = own_modules(model)
     for suffix in named or ():
         matches = [name for name in modules if ends_in_name(name, suffix)]
         if not matches:
@@ -46,7 +50,25 @@ def find_whole_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     ]
 
 
-def find_targets(model: nn.Module, config: LoRAConfig, left_out: Sequence[str] = ()) -> list[str]:
+def own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of ``model`` by name, without those that LoRALinears hold."""
+    found: dict[str, nn.Module] = {}
+    layer = None
+    for name, module in model.named_modules():
+        if layer is None or not name.startswith(layer):
+            layer = f"{name}." if name and isinstance(module, LoRALinear) else layer
+            found[name] = module
+            if not name and isinstance(module, LoRALinear):
+                return found
+    return found
+
+
+def find_targets(
+    model: nn.Module,
+    config: LoRAConfig,
+    left_out: Sequence[str] = (),
+    adapter: str = DEFAULT,
+) -> list[str]:
     """Names of the modules that ``config`` targets in ``model``, in module order.
 
     Modules inside of ``left_out``, which are trained whole, are not among them.
@@ -54,14 +76,14 @@ def find_targets(model: nn.Module, config: LoRAConfig, left_out: Sequence[str] =
     Raises:
         ValueError, TypeError: as `apply_lora`.
     """
-    modules = dict(model.named_modules())
+    modules = own_modules(model)
     linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
     target = config.target_modules
     if target is None:
         found = [
             name
             for name, m in linears.items()
-            if type(m) is nn.Linear and m.in_features == m.out_features
+            if type(m) in ADAPTABLE and m.in_features == m.out_features
         ]
         wish = "a square linear (in_features == out_features)"
     elif target == "all-linear":
@@ -70,7 +92,7 @@ def find_targets(model: nn.Module, config: LoRAConfig, left_out: Sequence[str] =
         found = [
             name
             for name, m in linears.items()
-            if type(m) is nn.Linear
+            if type(m) in ADAPTABLE
             and m is not head
             and not is_head_name(strip_wrappers(name))
             and not _is_inside(name, heads)
@@ -90,7 +112,7 @@ def find_targets(model: nn.Module, config: LoRAConfig, left_out: Sequence[str] =
                 raise ValueError(_no_match(f"the target {suffix!r}", suffix, linears))
         found = [name for name in modules if any(ends_in_name(name, suffix) for suffix in target)]
         wish = f"any of {list(target)}"
-    refuse_second_application(modules)
+    refuse_second_application(modules, adapter)
     excluded = config.exclude_modules
     if isinstance(excluded, str):
         kept = [name for name in found if not re.fullmatch(excluded, strip_wrappers(name))]
@@ -114,12 +136,14 @@ def find_targets(model: nn.Module, config: LoRAConfig, left_out: Sequence[str] =
     return kept
 
 
-def refuse_second_application(modules: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError where one of them is a LoRALinear already."""
+def refuse_second_application(modules: Mapping[str, nn.Module], adapter: str = DEFAULT) -> None:
+    """Raise ValueError where one of them has an adapter of this name already."""
     for name, module in modules.items():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALinear) and adapter in module.lora_configs:
+            what = "LoRA" if adapter == DEFAULT else f"an adapter named {adapter!r}"
             raise ValueError(
-                f"model carries LoRA already (on {name!r}); call merge_lora or remove_lora first"
+                f"model carries {what} already (on {name!r}); call merge_lora or remove_lora "
+                "first, or give the new adapter another name"
             )
 
 

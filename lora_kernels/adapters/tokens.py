@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import LoRAConfig
+from ..linear.factors import DEFAULT
 from .sharding import is_sharded, whole
 from .targets import ends_in_name, strip_wrappers
-from .wholes import DEFAULT, insert_wholes, whole_tensors
+from .wholes import insert_wholes, is_whole, slots, whole_tensors
 
 CHILD = "lora_tokens"
 _ROWS = "_lora_tokens"
@@ -136,6 +137,7 @@ def insert_tokens(
     here: `token_refusals` has been asked.
     """
     modules = {strip_wrappers(name): module for name, module in model.named_modules()}
+    found = slots(model)
     for name in (name for name in modules if name in tokens):
         indices, values = tokens[name]
         weight: Any = modules[name].weight
@@ -150,12 +152,13 @@ def insert_tokens(
             continue  # tied to one that has its rows already
         index = torch.as_tensor(indices, dtype=torch.int64)
         order = torch.argsort(index)
-        own = whole(weight.detach())[index[order].to(weight.device)] if values is None else values
+        if values is None:
+            original = found[f"{name}.weight"].value_of(None)
+            values = whole(original.detach())[index.to(original.device)]
         names = [f"{name}.{CHILD}.weight", f"{name}.{CHILD}.index"]
         insert_wholes(model, names, adapter)
         kept = whole_tensors(model, adapter)
-        own = own if values is None else own[order]
-        kept[names[0]].data = own.to(kept[names[0]], copy=True)
+        kept[names[0]].data = values[order.to(values.device)].to(kept[names[0]], copy=True)
         kept[names[1]].data = index[order].to(kept[names[1]].device)
 
 
@@ -169,10 +172,18 @@ def fold_tokens(model: nn.Module) -> None:
     drop_tokens(model)
 
 
-def drop_tokens(model: nn.Module) -> None:
-    """Take out the rows of all adapters, and the hooks that put them in."""
+def has_tokens(module: nn.Module) -> bool:
+    """Whether an adapter trains single tokens of the module."""
+    return _ROWS in module.__dict__
+
+
+def drop_tokens(model: nn.Module, *, unused: bool = False) -> None:
+    """Take out the rows, and the hooks that put them in: of all adapters, or those of none."""
     for module in list(model.modules()):
-        module.__dict__.pop(_ROWS, None)
+        rows = module.__dict__.get(_ROWS)
+        if rows is None or (unused and is_whole(rows)):
+            continue
+        del module.__dict__[_ROWS]
         if isinstance(module._modules.get(CHILD), TokenRows):
             del module._modules[CHILD]
         for key in [k for k, hook in module._forward_hooks.items() if hook is _put_in]:

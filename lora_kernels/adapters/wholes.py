@@ -10,18 +10,18 @@ Buffers that are saved (the statistics of a BatchNorm) belong to a module as its
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..linear.module import DTYPES, LoRA
+from ..linear.factors import DEFAULT, LoRA
+from ..linear.module import DTYPES
 from .sharding import is_sharded, reshard
 from .targets import strip_wrappers
 
-DEFAULT = "default"
 _ASIDE = "_lora_aside"
 
 
@@ -54,6 +54,10 @@ class Aside:
         """Whether the adapter has a value of its own here."""
         return adapter == self.using or adapter in self.others
 
+    def adapters(self) -> list[str]:
+        """Those that have a value of their own here."""
+        return [name for name in (self.using, *self.others) if name is not None]
+
 
 class Slot(NamedTuple):
     """Where a parameter or buffer is registered."""
@@ -68,6 +72,12 @@ class Slot(NamedTuple):
     @property
     def aside(self) -> Aside:
         return self.module.__dict__[_ASIDE][self.attribute]
+
+    def value_of(self, adapter: str | None) -> Tensor:
+        """What it is for an adapter that has it, or with None for the base, in use or not."""
+        if _ASIDE not in self.module.__dict__ or self.attribute not in self.module.__dict__[_ASIDE]:
+            return self.value
+        return self.value if self.aside.using == adapter else self.aside.others[adapter]
 
     def is_frozen(self, adapter: str) -> bool:
         """Whether the adapter carries its value without training it."""
@@ -102,22 +112,36 @@ def whole_slots(model: nn.Module, adapter: str | None = None) -> dict[str, Slot]
 
 def whole_tensors(model: nn.Module, adapter: str = DEFAULT) -> dict[str, Tensor]:
     """``{"<module>.<parameter>": tensor}`` of an adapter, whether it is in use or not."""
-    return {
-        name: slot.value if slot.aside.using == adapter else slot.aside.others[adapter]
-        for name, slot in whole_slots(model, adapter).items()
-    }
+    return {name: slot.value_of(adapter) for name, slot in whole_slots(model, adapter).items()}
 
 
-def whole_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters in use that are trained whole, each once."""
-    found = {
-        id(slot.value): slot.value
-        for slot in whole_slots(model).values()
-        if isinstance(slot.value, nn.Parameter)
-        and slot.aside.using is not None
-        and slot.aside.using not in slot.aside.frozen
-    }
+def whole_parameters(
+    model: nn.Module, adapters: Collection[str] = (DEFAULT,)
+) -> list[nn.Parameter]:
+    """The parameters that these adapters train whole, in use or not, each once."""
+    found = {}
+    for slot in whole_slots(model).values():
+        for name in adapters:
+            if slot.aside.has(name) and not slot.is_frozen(name):
+                value = slot.value_of(name)
+                if isinstance(value, nn.Parameter):
+                    found[id(value)] = value
     return list(found.values())
+
+
+def is_whole(module: nn.Module) -> bool:
+    """Whether an adapter trains something of the module itself whole."""
+    return _ASIDE in module.__dict__
+
+
+def whole_values(model: nn.Module) -> list[Tensor]:
+    """The parameters that adapters have of their own, in use or not."""
+    return [
+        value
+        for slot in whole_slots(model).values()
+        for name in slot.aside.adapters()
+        if isinstance(value := slot.value_of(name), nn.Parameter)
+    ]
 
 
 def names_inside(model: nn.Module, modules: Iterable[str]) -> list[str]:
@@ -159,17 +183,18 @@ def refusals(model: nn.Module, names: Iterable[str]) -> list[str]:
 def insert_wholes(
     model: nn.Module, names: Iterable[str], adapter: str = DEFAULT, *, frozen: Iterable[str] = ()
 ) -> None:
-    """Give an adapter values of its own in place of these, beginning as copies, and use them.
+    """Give an adapter values of its own of these, beginning as copies of the base's.
 
-    What is tied stays tied. Nothing is looked at here: `refusals` has been asked.
+    What is tied stays tied. They are not in use yet. Nothing is looked at here: `refusals` has been
+    asked.
     """
     found, frozen = slots(model), set(frozen)
     copies: dict[int, Tensor] = {}
     for name in names:
         slot = found[name]
-        value = slot.value
+        value = slot.value_of(None)
         if id(value) not in copies:
-            copy = value.detach().clone()
+            copy = value.detach().to(slot.value.device, slot.value.dtype, copy=True)
             if isinstance(value, nn.Parameter):
                 copy = nn.Parameter(copy, requires_grad=name not in frozen)
             copies[id(value)] = copy
@@ -178,19 +203,29 @@ def insert_wholes(
         aside.others[adapter] = copies[id(value)]
         if name in frozen:
             aside.frozen.add(adapter)
-        _use(slot, adapter)
 
 
-def use_wholes(model: nn.Module, adapter: str | None) -> None:
-    """Register what an adapter has, and the base's where it has nothing; None for the base's.
+def use_wholes(model: nn.Module, adapters: Collection[str]) -> None:
+    """Register what one of the adapters has, and the base's where none has anything.
 
     Raises:
-        ValueError: a value in use is sharded. Nothing is changed then.
+        ValueError: two of them have a value of the same parameter, or what would have to change
+            places is sharded. Nothing is changed then.
     """
-    found = list(whole_slots(model).values())
-    _refuse_sharded(model, found)
-    for slot in found:
-        _use(slot, adapter if slot.aside.has(adapter) else None)
+    wanted: list[tuple[Slot, str | None]] = []
+    for name, slot in whole_slots(model).items():
+        having = [adapter for adapter in adapters if slot.aside.has(adapter)]
+        if len(having) > 1:
+            raise ValueError(
+                f"{having[0]!r} and {having[1]!r} both train {name!r} whole, and it can have one "
+                "value only; use one of them at a time"
+            )
+        wanted.append((slot, having[0] if having else None))
+    changing = [(slot, adapter) for slot, adapter in wanted if slot.aside.using != adapter]
+    if changing:
+        _refuse_sharded(model, [slot for slot, _ in changing])
+    for slot, adapter in changing:
+        _use(slot, adapter)
 
 
 @contextmanager
@@ -198,7 +233,7 @@ def bare(model: nn.Module) -> Iterator[None]:
     """Register the base's values for the length of the ``with``; may be nested.
 
     Raises:
-        ValueError: as `use_wholes`.
+        ValueError: a value in use is sharded. Nothing is changed then.
     """
     found = list(whole_slots(model).values())
     _refuse_sharded(model, found)
@@ -218,10 +253,12 @@ def drop_wholes(model: nn.Module, adapter: str | None = None) -> None:
     """Forget what an adapter has, or with None all of it; the base's takes its place.
 
     Raises:
-        ValueError: as `use_wholes`.
+        ValueError: a value is sharded, or this is inside `bare`. Nothing is changed then.
     """
     found = list(whole_slots(model, adapter).values())
     _refuse_sharded(model, found)
+    if any(slot.aside.off for slot in found):
+        raise ValueError("the base is in use, by disable_lora; leave its block first")
     for slot in found:
         aside = slot.aside
         if adapter is None or aside.using == adapter:

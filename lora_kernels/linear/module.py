@@ -1,15 +1,18 @@
-"""`LoRA`, the pair of factors, and `LoRALinear`, the drop-in for ``nn.Linear``."""
+"""`LoRALinear`, the drop-in for ``nn.Linear``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import LayerConfig, check_rank
+from ..config import LayerConfig
 from .autograd import lora_linear
+from .factors import DEFAULT, LoRA, check_adapter_name
+from .stacking import stack_adapters
 
 # What a LoRALinear computes: the sum, the base alone (inside `disable_lora`), or the base into
 # which the branch has been folded (inside `merged_lora`).
@@ -18,66 +21,20 @@ ACTIVE, DISABLED, MERGED = "active", "disabled", "merged"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class _Factor(nn.Linear):
-    """A bias-free linear that keeps LoRA's initialisation when it is reset.
-
-    torch's meta-device initialisers call `reset_parameters` on every module, children last, which
-    would make B non-zero.
-    """
-
-    def __init__(self, in_features: int, out_features: int, std: float, **factory: Any) -> None:
-        self.std = std
-        super().__init__(in_features, out_features, bias=False, **factory)
-
-    def reset_parameters(self) -> None:
-        if self.std:
-            nn.init.normal_(self.weight, std=self.std)
-        else:
-            nn.init.zeros_(self.weight)
-
-    def _get_name(self) -> str:
-        return "Linear"
-
-
-class LoRA(nn.Module):
-    """The trained factors: ``B(A(x))``, with A ~ N(0, 0.02²) and B = 0.
-
-    Args:
-        in_features: K.
-        out_features: N.
-        rank: R, at least 1. ``A.weight`` is ``[R, K]``, ``B.weight`` is ``[N, R]``.
-        device, dtype: as for ``nn.Linear``.
-
-    Source: LoRA, arXiv 2106.09685, section 4.1.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int = 16,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.rank = check_rank(rank)
-        self.A = _Factor(in_features, rank, std=0.02, device=device, dtype=dtype)
-        self.B = _Factor(rank, out_features, std=0.0, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x [..., K]`` to ``[..., N]``, without scale or dropout."""
-        return self.B(self.A(x))
-
-
 class LoRALinear(nn.Linear):
-    """``nn.Linear`` with a LoRA branch: ``x·Wᵀ + scale·(drop(x)·Aᵀ)·Bᵀ + bias``.
+    """``nn.Linear`` with LoRA branches: ``x·Wᵀ + scale·(drop(x)·Aᵀ)·Bᵀ + bias``.
 
     State-dict keys are ``weight``, ``bias``, ``lora.A.weight``, ``lora.B.weight``: checkpoints of
     the plain linear load with ``strict=False`` or before the swap. Nothing is frozen here, see
     `mark_only_lora_as_trainable`. Hooks on ``lora.A`` and ``lora.B`` do not run: the four tensors
     go to `lora_linear` together. Nor does a forward that somebody has put on ``nn.Linear`` as a
     class: this one is its own, as any subclass's.
+
+    A layer may carry several adapters by name. ``lora`` is the one called ``"default"`` (None on a
+    layer that has only others); others are in ``loras``, with keys ``loras.<name>.A.weight``. Which
+    of them are computed, `use_lora` says for a model and `use_adapters` for a layer. Several in use
+    go to the kernels as one of their total rank. In training each has its own dropout; those of
+    equal probability share one mask.
 
     Args:
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
@@ -91,6 +48,7 @@ class LoRALinear(nn.Linear):
     """
 
     lora: LoRA
+    loras: nn.ModuleDict
 
     def __init__(
         self,
@@ -107,7 +65,7 @@ class LoRALinear(nn.Linear):
     ) -> None:
         config = LayerConfig(rank, alpha, dropout, use_rslora)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._add_lora(config)
+        self._begin(DEFAULT, config)
 
     @classmethod
     def from_linear(
@@ -118,17 +76,19 @@ class LoRALinear(nn.Linear):
         alpha: float | None = None,
         dropout: float = 0.0,
         use_rslora: bool = False,
+        name: str = DEFAULT,
     ) -> LoRALinear:
         """A LoRALinear that shares ``linear``'s parameters, hooks and mode; nothing is copied.
 
-        A and B are made in the weight's dtype, on its device.
+        A and B are made in the weight's dtype, on its device; ``name`` is the adapter's.
 
         Raises:
             TypeError: ``linear`` is not exactly an ``nn.Linear``, its forward was replaced, or its
                 weight is computed or not of a dtype in `DTYPES`.
-            ValueError: rank, alpha or dropout out of range.
+            ValueError: rank, alpha or dropout out of range, or see `check_adapter_name`.
         """
         config = LayerConfig(rank, alpha, dropout, use_rslora)
+        check_adapter_name(name)
         if type(linear) is not nn.Linear:
             raise TypeError(
                 f"linear must be exactly an nn.Linear, got {type(linear).__name__}; a subclass may "
@@ -151,71 +111,145 @@ class LoRALinear(nn.Linear):
             )
         module = cls.__new__(cls)
         module.__dict__.update(_own_copy(linear))
-        module._add_lora(config)
+        module._begin(name, config)
         return module
 
     def to_linear(self) -> nn.Linear:
         """The plain ``nn.Linear`` that shares this module's weight, bias, hooks and mode."""
         linear = nn.Linear.__new__(nn.Linear)
         linear.__dict__.update(_own_copy(self))
-        for name in ("_lora_config", "_lora_scale", "_lora_dropout", "_lora_state"):
+        for name in [name for name in linear.__dict__ if name in _OWN]:
             del linear.__dict__[name]
-        del linear._modules["lora"]
+        for name in ("lora", "loras"):
+            linear._modules.pop(name, None)
         return linear
 
-    def _add_lora(self, config: LayerConfig) -> None:
-        self._lora_config = config
-        self._lora_scale, self._lora_dropout = config.scale, config.dropout
+    def _begin(self, name: str, config: LayerConfig) -> None:
+        self.register_module("lora", None)
+        self._lora_configs: dict[str, LayerConfig] = {}
         self._lora_state = ACTIVE
+        self.add_adapter(name, config)
+        self.use_adapters({name: 1.0})
+
+    def add_adapter(self, name: str, config: LayerConfig) -> LoRA:
+        """Give the layer one more adapter, which is not in use yet.
+
+        Raises:
+            TypeError, ValueError: see `check_adapter_name`, or the layer has one of this name.
+        """
+        if check_adapter_name(name) in self._lora_configs:
+            raise ValueError(f"the layer has an adapter named {name!r} already; take another name")
         weight = self.weight
-        self.lora = LoRA(
+        lora = LoRA(
             self.in_features,
             self.out_features,
             config.rank,
             device=weight.device,
             dtype=weight.dtype,
         )
-        self.lora.train(self.training)
+        lora.train(self.training)
+        if name == DEFAULT:
+            self.lora = lora
+        else:
+            if "loras" not in self._modules:
+                self.loras = nn.ModuleDict().train(self.training)
+            self.loras[name] = lora
+        self._lora_configs[name] = config
+        return lora
+
+    def remove_adapter(self, name: str) -> None:
+        """Take one adapter out, and out of use.
+
+        Raises:
+            KeyError: the layer has none of this name.
+        """
+        del self._lora_configs[name]
+        if name == DEFAULT:
+            self.lora = None  # type: ignore[assignment]
+        else:
+            del self.loras[name]
+            if not self.loras:
+                del self.loras
+        self.use_adapters({n: w for n, w in self._lora_active.items() if n != name})
+
+    def use_adapters(self, weights: Mapping[str, float]) -> None:
+        """Compute with these adapters, each times its weight; names the layer lacks are passed
+        over, and with none of its own it is the base alone."""
+        configs = self._lora_configs
+        self._lora_active = {name: float(w) for name, w in weights.items() if name in configs}
+        names = list(self._lora_active)
+        # Forward reads these three; the name is None where there is more to it than one branch.
+        self._lora_one = names[0] if len(names) == 1 else None
+        config = self.lora_config
+        weight = self._lora_active[names[0]] if self._lora_one else 1.0
+        self._lora_scale, self._lora_dropout = config.scale * weight, config.dropout
+
+    def adapters(self) -> dict[str, LoRA]:
+        """Every adapter of the layer by its name, in use or not, in the order they came."""
+        return {n: self.lora if n == DEFAULT else self.loras[n] for n in self._lora_configs}  # type: ignore[misc]
+
+    @property
+    def adapters_in_use(self) -> dict[str, float]:
+        """The names of those that are computed, and their weights."""
+        return dict(self._lora_active)
+
+    @property
+    def lora_configs(self) -> dict[str, LayerConfig]:
+        """Rank, alpha, dropout and rsLoRA of each adapter by its name."""
+        return dict(self._lora_configs)
 
     @property
     def lora_config(self) -> LayerConfig:
-        """Rank, alpha, dropout and rsLoRA of this layer."""
-        return self._lora_config
+        """Rank, alpha, dropout and rsLoRA of the adapter in use.
+
+        Several in use count as one of their total rank, of scale 1 and the greatest dropout; with
+        none in use it is the first one's. See `lora_configs`.
+        """
+        configs = [self._lora_configs[name] for name in self._lora_active]
+        if len(configs) > 1:
+            rank = sum(config.rank for config in configs)
+            return LayerConfig(rank, dropout=max(config.dropout for config in configs))
+        return next(iter(configs or self._lora_configs.values()), LayerConfig())
 
     @property
     def rank(self) -> int:
-        """R."""
-        return self._lora_config.rank
+        """R, see `lora_config`."""
+        return self.lora_config.rank
 
     @property
     def alpha(self) -> float | None:
         """Numerator of the scale, None for scale 1."""
-        return self._lora_config.alpha
+        return self.lora_config.alpha
 
     @property
     def scale(self) -> float:
-        """Factor on the LoRA branch."""
+        """Factor on the LoRA branch: that of `lora_config` times the weight in use."""
         return self._lora_scale
 
     @property
     def dropout(self) -> float:
         """Probability of dropping an element of the branch's input in training."""
-        return self._lora_config.dropout
+        return self._lora_dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., K]`` to ``y [..., N]``, see `lora_linear`."""
         if self._lora_state != ACTIVE:
             return F.linear(x, self.weight, self.bias)
+        name = self._lora_one
+        if name is None:
+            return self._forward_several(x)
         # By the dictionaries: getattr takes a module several times as long, and it shows on a CPU.
-        lora = self._modules["lora"]._modules  # type: ignore[union-attr]
+        modules: Any = self._modules
+        lora = modules["lora"] if name == DEFAULT else modules["loras"]._modules[name]
+        factors = lora._modules
         weight: Any
         try:
             weight, bias = self._parameters["weight"], self._parameters["bias"]
-            lora_a: Any = lora["A"]._parameters["weight"]  # type: ignore[union-attr]
-            lora_b: Any = lora["B"]._parameters["weight"]  # type: ignore[union-attr]
+            lora_a = factors["A"]._parameters["weight"]
+            lora_b = factors["B"]._parameters["weight"]
         except KeyError:  # what is computed, or put in place by FSDP for the length of a call
             weight, bias = self.weight, self.bias
-            lora_a, lora_b = self.lora.A.weight, self.lora.B.weight
+            lora_a, lora_b = lora.A.weight, lora.B.weight
         return lora_linear(
             x,
             weight,
@@ -227,11 +261,62 @@ class LoRALinear(nn.Linear):
             training=self.training,
         )
 
+    def _forward_several(self, x: Tensor) -> Tensor:
+        """All branches of one dropout are one of a wider rank, and go with the base's product."""
+        groups: dict[float, list[tuple[Tensor, Tensor, float]]] = {}
+        for name, pair in self.pairs().items():
+            dropout = self._lora_configs[name].dropout if self.training else 0.0
+            groups.setdefault(dropout, []).append(pair)
+        if not groups:
+            return F.linear(x, self.weight, self.bias)
+        (dropout, pairs), *others = groups.items()
+        lora_a, lora_b = stack_adapters(pairs)
+        y = lora_linear(
+            x,
+            self.weight,
+            lora_a,
+            lora_b,
+            self.bias,
+            dropout_p=dropout,
+            training=self.training,
+        )
+        for dropout, pairs in others:
+            lora_a, lora_b = (factor.to(x.dtype) for factor in stack_adapters(pairs))
+            y = y + F.linear(F.linear(F.dropout(x, dropout), lora_a), lora_b)
+        return y
+
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """A, B and the factor on the branch, of each adapter in use."""
+        adapters = self.adapters()
+        return {
+            name: (
+                adapters[name].A.weight,
+                adapters[name].B.weight,
+                weight * self._lora_configs[name].scale,
+            )
+            for name, weight in self._lora_active.items()
+        }
+
+    def lora_factors(self) -> tuple[Tensor, Tensor] | None:
+        """``lora_a [R, K]`` and ``lora_b [N, R]`` as `lora_linear` gets them: those of several
+        adapters in use stacked, with scale 1. None where no adapter is in use."""
+        pairs = list(self.pairs().values())
+        if len(pairs) > 1:
+            return stack_adapters(pairs)
+        return pairs[0][:2] if pairs else None
+
     def delta_weight(self) -> Tensor:
-        """``scale·B·A [N, K]``, in float32 or wider: what merging adds to the weight."""
-        factor_a, factor_b = self.lora.A.weight.detach(), self.lora.B.weight.detach()
-        wide = torch.promote_types(factor_a.dtype, torch.float32)
-        return (factor_b.to(wide) @ factor_a.to(wide)).mul_(self.scale)
+        """``Σ scale·B·A [N, K]`` of the adapters in use, in float32 or wider: what merging adds to
+        the weight."""
+        total = None
+        for factor_a, factor_b, scale in self.pairs().values():
+            wide = torch.promote_types(factor_a.dtype, torch.float32)
+            delta = (factor_b.detach().to(wide) @ factor_a.detach().to(wide)).mul_(scale)
+            total = delta if total is None else total + delta
+        if total is None:
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            total = torch.zeros_like(self.weight, dtype=wide)
+        return total.detach()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy taken inside `disable_lora` or `merged_lora` has no block that would end for it.
@@ -240,10 +325,30 @@ class LoRALinear(nn.Linear):
         return {**self.__dict__, "_lora_state": ACTIVE}
 
     def extra_repr(self) -> str:
-        text = f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}"
-        if self.dropout:
-            text += f", dropout={self.dropout:g}"
+        configs, active = self._lora_configs, self._lora_active
+        parts = []
+        for name, config in configs.items():
+            part = f"rank={config.rank}, scale={config.scale:g}"
+            if config.dropout:
+                part += f", dropout={config.dropout:g}"
+            if name not in active:
+                part += ", not in use"
+            elif active[name] != 1.0:
+                part += f", weight={active[name]:g}"
+            parts.append(part if list(configs) == [DEFAULT] else f"{name}: {part}")
+        text = f"{super().extra_repr()}, {'; '.join(parts)}"
         return text if self._lora_state == ACTIVE else f"{text}, {self._lora_state}"
+
+
+# What a LoRALinear has and an nn.Linear has not.
+_OWN = (
+    "_lora_active",
+    "_lora_configs",
+    "_lora_dropout",
+    "_lora_one",
+    "_lora_scale",
+    "_lora_state",
+)
 
 
 def _own_copy(module: nn.Module) -> dict[str, Any]:

@@ -182,22 +182,31 @@ def test_each_adapter_has_its_own():
     base = model(IDS)
     change(model)
     names = ["lm_head.weight", "lm_head.bias"]
+    trained = model(IDS)
     insert_wholes(model, names, "fr")
-    assert whole_parameters(model)[0] is model.lm_head.weight
+    assert torch.equal(model(IDS), trained)  # it is there, and not in use yet
+    use_wholes(model, ["fr"])
+    assert whole_parameters(model, ["fr"])[0] is model.lm_head.weight
+    with disable_lora(model):  # it began as a copy of the base's, not of what was in use
+        original = model.lm_head.weight.clone()
+    assert torch.equal(model.lm_head.weight, original)
     with torch.no_grad():
         model.lm_head.weight.fill_(3)
     assert whole_tensors(model, "fr").keys() == set(names)
     assert len(whole_tensors(model)) == 7
-    use_wholes(model, "default")
+    use_wholes(model, ["default"])
     assert not torch.equal(model.lm_head.weight, torch.full((10, 8), 3.0))
-    use_wholes(model, "fr")
+    use_wholes(model, ["fr", "other"])
+    assert torch.equal(model.lm_head.weight, torch.full((10, 8), 3.0))
+    with pytest.raises(ValueError, match="'fr' and 'default' both train 'lm_head.weight' whole"):
+        use_wholes(model, ["fr", "default"])
     assert torch.equal(model.lm_head.weight, torch.full((10, 8), 3.0))
     drop_wholes(model, "fr")
-    use_wholes(model, None)
+    use_wholes(model, [])
     with torch.no_grad():
         model.gate.lora.B.weight.zero_()
     assert torch.equal(model(IDS), base)
-    use_wholes(model, "default")
+    use_wholes(model, ["default"])
     drop_wholes(model, "default")
     assert whole_tensors(model) == {} and torch.equal(model(IDS), base)
 

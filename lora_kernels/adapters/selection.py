@@ -1,0 +1,112 @@
+"""Which adapters a model computes with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..linear.module import DISABLED, MERGED
+from .carried import (
+    known_adapters,
+    lora_layers,
+    refuse_inside_block,
+    require_lora,
+)
+from .wholes import bare, use_wholes
+
+
+class InUse:
+    """What `use_lora` gives: as a ``with`` it brings back what was in use before."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before = {id(m): (m, m.adapters_in_use) for m in lora_layers(model).values()}
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        # Adapters may have come and gone meanwhile; what came is not in use.
+        layers = lora_layers(self._model).values()
+        names = {name for _, used in self._before.values() for name in used}
+        refuse_inside_block(self._model, "the end of use_lora")
+        use_wholes(self._model, names)
+        for layer in layers:
+            layer.use_adapters(self._before.get(id(layer), (layer, {}))[1])
+
+
+def use_lora(
+    model: nn.Module,
+    names: str | Sequence[str] | None,
+    *,
+    weights: float | Sequence[float] | None = None,
+) -> InUse:
+    """Compute with these adapters of ``model`` from now on, or, as a ``with``, for its length.
+
+    It counts at once and lasts, as ``torch.set_grad_enabled``: ``use_lora(model, "fr")``; and
+    ``with use_lora(model, "fr"):`` brings back what was in use before. Several are added up, each
+    times its weight, and go to the kernels as one adapter of their total rank. On a layer that only
+    some of them adapt, these alone count.
+
+    Nothing is frozen or thawed: see `mark_only_lora_as_trainable`, and call it after this.
+
+    Args:
+        model: carries the adapters.
+        names: of one adapter, or a list of several; None for the base alone.
+        weights: a number for each name, by default 1. It multiplies the adapter's own scale. What
+            an adapter trains whole (``modules_to_save``, ``bias``) is used as it is.
+
+    Raises:
+        TypeError: ``names`` or ``weights`` is of another kind.
+        ValueError: the model carries no LoRA or none of a name, a weight is not finite, their
+            number differs, two of them train the same parameter whole, or this is inside
+            `disable_lora` or `merged_lora`. What is in use stays as it was.
+    """
+    require_lora(model, "use_lora")
+    wanted = [] if names is None else known_adapters(model, names, "names")
+    numbers = _checked(weights, wanted)
+    refuse_inside_block(model, "use_lora")
+    before = InUse(model)
+    use_wholes(model, wanted)
+    for layer in lora_layers(model).values():
+        layer.use_adapters(dict(zip(wanted, numbers, strict=True)))
+    return before
+
+
+def _checked(weights: Any, names: Sequence[str]) -> list[float]:
+    if weights is None:
+        return [1.0] * len(names)
+    numbers = list(weights) if isinstance(weights, (list, tuple)) else [weights]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(f"weights must be a number for each name, got {weights!r}")
+        if not math.isfinite(number):
+            raise ValueError(f"weights must be finite, got {weights!r}")
+    if len(numbers) != len(names):
+        raise ValueError(f"weights must be {len(names)} for {list(names)}, got {weights!r}")
+    return [float(number) for number in numbers]
+
+
+@contextmanager
+def disable_lora(model: nn.Module) -> Iterator[None]:
+    """Run the bare base model for the length of the ``with``; may be nested.
+
+    Raises:
+        ValueError: the model carries no LoRA or is inside `merged_lora`.
+    """
+    layers = list(require_lora(model, "disable_lora").values())
+    if any(layer._lora_state == MERGED for layer in layers):
+        raise ValueError("disable_lora inside merged_lora; leave the merged_lora block first")
+    before = [layer._lora_state for layer in layers]
+    with bare(model):
+        try:
+            for layer in layers:
+                layer._lora_state = DISABLED
+            yield
+        finally:
+            for layer, state in zip(layers, before, strict=True):
+                layer._lora_state = state
