@@ -58,7 +58,7 @@ examples:
 _PACK = """\
 Compile what `check` runs on a GPU, and the layers of Llama-3-8B and MiniMind by every strategy in
 bfloat16 at rank 16, without that GPU, and pack the machine code into one file. There `adopt` puts
-it where Triton looks before it compiles, which takes minutes off the first run.
+it where Triton looks before it compiles.
 
 The number of multiprocessors is taken to be that of the largest GPU of its kind; on another one,
 some kernels compile as ever."""
@@ -77,8 +77,7 @@ under the keys that the Triton installed here makes of them. Python may be anoth
 they were packed; Triton, its assembler and the kernels' source have to be the same. Where they
 differ, that is said, and kernels compile as ever. Nothing in the cache is replaced.
 
-A pack is compiled code, which your GPU will run in your name: adopt what you packed yourself, or
-what comes from where you would install software from."""
+A pack is compiled code that will run in your name: adopt only what you packed yourself."""
 
 _ADOPT_NEXT = """\
 exit status: 0 if kernels were adopted, or had been; 1 if none was, because versions differ, which

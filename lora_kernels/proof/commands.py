@@ -174,8 +174,9 @@ def run_resources(options: argparse.Namespace, version: str) -> int:
 def run_pack(options: argparse.Namespace, version: str) -> int:
     """Compile for a GPU and pack as ``options`` of the command say; the exit status."""
     os.environ.pop("TRITON_INTERPRET", None)  # the worker processes shall compile
-    if options.out.is_dir():
-        print(f"{options.out} is a directory; give the name of a file", file=sys.stderr)
+    folder = options.out.parent  # looked at before the minutes that it is for
+    if options.out.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        print(f"{options.out} is not a file that can be written", file=sys.stderr)
         return 2
     tool = importlib.import_module(".packing", __package__)
     capability, sms = TARGETS[options.target]

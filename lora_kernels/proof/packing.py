@@ -6,7 +6,7 @@ is therefore never hit. The hashes of sources and options alone agree wherever t
 pack holds cubins under these two, and `adopt` puts each under the key that Triton makes of them
 here.
 
-A pack is compiled code, which nothing here can judge: adopt what you packed yourself.
+A pack is compiled code, which nothing here can judge: adopt only what you packed yourself.
 """
 
 from __future__ import annotations

@@ -276,8 +276,10 @@ def test_the_command_says_what_it_packed(
     assert command.main(["pack", "--target", "sm_80", str(out), "--jobs", "3"]) == status
     assert asked == [((out, (8, 0), 108), {"jobs": 3})]
     assert said in capsys.readouterr().out
-    assert command.main(["pack", "--target", "sm_80", str(tmp_path)]) == 2
-    assert "is a directory" in capsys.readouterr().err and len(asked) == 1
+    for wrong in (tmp_path, tmp_path / "absent" / "kernels.pack"):
+        assert command.main(["pack", "--target", "sm_80", str(wrong)]) == 2
+        assert f"{wrong} is not a file that can be written" in capsys.readouterr().err
+    assert len(asked) == 1
 
 
 def test_the_command_says_what_it_adopted(monkeypatch, capsys, tmp_path, interpreting):
