@@ -97,7 +97,8 @@ def pack(
     Args:
         out: the file to write, whole or not at all.
         capability, sms: the GPU's compute capability and number of multiprocessors.
-        cases: `pack_cases` by default; or what has ``operands``, ``run`` and ``tf32`` as they do.
+        cases: `pack_cases` by default; or what else has ``operands``, ``run`` and ``tf32`` as they
+            do, for what its ``run`` launches.
         jobs: processes; by default as many as there are processors.
 
     Raises:

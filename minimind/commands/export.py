@@ -117,7 +117,8 @@ def write_hub(model: MiniMindLM, tokenizer: Any, out: Path, dtype: torch.dtype) 
         twin, difference = _check_logits(model, layout, stage, adapted)
         if adapted:
             twin.config._name_or_path = str(out)
-            save_lora(twin, stage / ADAPTER)
+            folded = not _says_its_scale(twin)
+            save_lora(twin, stage / ADAPTER, fold_scale=folded)
         files = sorted(str(f.relative_to(stage)) for f in stage.rglob("*") if f.is_file())
         manifest = {
             "written_by": f"lora_kernels {__version__}",
@@ -139,10 +140,20 @@ def write_hub(model: MiniMindLM, tokenizer: Any, out: Path, dtype: torch.dtype) 
     if adapted:
         lines.append(
             f"  {ADAPTER}/: the adapter for it, in PEFT's format, names and rows translated"
+            + ("; scale multiplied into B, for readers that know r and lora_alpha alone" * folded)
         )
     if layout.model_type in ("llama", "qwen3", "qwen3_moe"):
         lines.append(f"next:  {program()} chat --base {out}")
     return lines
+
+
+def _says_its_scale(model: torch.nn.Module) -> bool:
+    """Whether one ``lora_alpha``, by each tensor's rank, is the scale of every layer.
+
+    That is how llama.cpp takes it, whatever ``use_rslora`` and the patterns say.
+    """
+    configs = [layer.lora_config for layer in lora_layers(model).values()]
+    return not any(c.use_rslora for c in configs) and len({c.scale * c.rank for c in configs}) == 1
 
 
 def unused_file(path: Path) -> None:

@@ -76,13 +76,14 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
     config: LMConfig
     config_class = LMConfig
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # the loss here is a mean; Trainer must do its own accumulation
+    accepts_loss_kwargs = True  # num_items_in_batch
     _supports_sdpa = True
     _no_split_modules = ["Block"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # so that Trainer leaves first tokens out of its count
         self.names = names = config.structure.names
         self._input_embed_layer = names.path(names.embedding)
         self._tied_weights_keys = {f"{names.head}.weight": f"{names.path(names.embedding)}.weight"}
@@ -149,6 +150,7 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         cache: Cache | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """Run the model on one batch.
@@ -168,6 +170,9 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
             use_cache: make a cache where none is given. Off while checkpointing gradients.
             logits_to_keep: without ``labels``, the last so many positions (0: all), or an index.
             return_dict: False gives a tuple.
+            num_items_in_batch: what ``loss`` divides the sum by in place of its own count of
+                targets: transformers' Trainer counts those of all accumulated batches, so that
+                each token weighs the same in a step.
             **kwargs: ignored.
 
         Returns:
@@ -230,11 +235,12 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
             logits = head(x[:, slice(-kept, None) if isinstance(kept, int) else kept])
         elif loss_mask is None:
             logits = head(x)
-            loss = _mean_cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            targets = labels[:, 1:].flatten()
+            loss = _mean_cross_entropy(logits[:, :-1].flatten(0, 1), targets, num_items_in_batch)
         else:
             supervised = loss_mask[:, 1:].bool()
             scored = head(x[:, :-1][supervised])
-            loss = _mean_cross_entropy(scored, labels[:, 1:][supervised])
+            loss = _mean_cross_entropy(scored, labels[:, 1:][supervised], num_items_in_batch)
         cached: dict[str, Any] = {_CACHE_FIELD: past_key_values}
         result = MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **cached)
         as_dict = self.config.return_dict if return_dict is None else return_dict
@@ -251,8 +257,15 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
             )
 
 
-def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the targets that are not ignored, in float32; 0 with a graph where none is."""
+def _mean_cross_entropy(
+    logits: Tensor, targets: Tensor, count: int | Tensor | None = None
+) -> Tensor:
+    """The sum over the targets that are not ignored, in float32, by ``count`` or their number.
+
+    0 with a graph where there is none.
+    """
     logits = at_least_float32(logits)
     total = F.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction="sum")
-    return total / (targets != IGNORED_LABEL).sum().clamp(min=1)
+    if count is None:
+        count = (targets != IGNORED_LABEL).sum()
+    return total / torch.as_tensor(count, device=total.device).clamp(min=1)

@@ -283,7 +283,10 @@ def test_each_adapter_keeps_its_own_probability():
             weight.fill_(value)
         torch.manual_seed(0)
         y = layer(torch.ones(20000, 1, dtype=F64))
-    found = {round(v): c for v, c in zip(*(t.tolist() for t in y.unique(return_counts=True)))}
+    found = {
+        round(v): c
+        for v, c in zip(*(t.tolist() for t in y.unique(return_counts=True)), strict=True)
+    }
     assert found.keys() == {1000, 1004, 1200, 1204}
     # Independent, with standard deviations of about 0.003.
     assert abs((found[1004] + found[1204]) / 20000 - 0.75) < 0.015

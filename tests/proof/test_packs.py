@@ -7,6 +7,7 @@ import json
 import lzma
 import random
 import tarfile
+import tracemalloc
 
 import pytest
 
@@ -115,6 +116,38 @@ def test_sizes_are_bounded(pack, monkeypatch):
             assert f"more than {enough - 1} bytes" in refusal(pack)
     monkeypatch.setattr(packs, "MOST_TO_DECOMPRESS", 1 << 20)
     assert "emory" in refusal(pack)
+
+
+def peak_of_refusal(path):
+    tracemalloc.start()
+    try:
+        refusal(path)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_unpacks_to_more_takes_no_more_memory(pack, monkeypatch):
+    pack.write_bytes(lzma.compress(bytes(64 << 20), preset=0))
+    monkeypatch.setattr(packs, "MOST_UNPACKED", 1 << 20)
+    assert peak_of_refusal(pack) < 24 << 20
+
+
+def test_sparse_members_are_not_filled_with_zeros(pack):
+    old = tarfile.TarInfo("0/sum_kernel.cubin")
+    header = bytearray(old.tobuf(tarfile.GNU_FORMAT))
+    header[156:157] = b"S"
+    header[483:495] = b"00400000000\0"  # the size it reads as, 64 MiB
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    newer = tarfile.TarInfo("0/sum_kernel.cubin")
+    newer.pax_headers = {"GNU.sparse.size": str(64 << 20), "GNU.sparse.map": "0,0"}
+    for made in (bytes(header), newer.tobuf(tarfile.PAX_FORMAT)):
+        pack.write_bytes(lzma.compress(made + bytes(1024)))
+        with tarfile.open(pack) as archive:
+            (member,) = archive
+            assert member.issparse() and len(archive.extractfile(member).read()) == 64 << 20
+        assert peak_of_refusal(pack) < 24 << 20
 
 
 def linked(kind, name, target):
