@@ -51,7 +51,7 @@ def step(directory, size, accumulate, lora):
         save_strategy="no",
     )
     batch = torch.utils.data.default_collate(list(Samples()))
-    expected = float(model(**batch).loss)
+    expected = model(**batch).loss.item()
     trainer = transformers.Trainer(model, arguments, train_dataset=Samples())
     loss = trainer.train().training_loss
     assert loss == pytest.approx(expected, rel=1e-5)
