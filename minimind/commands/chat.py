@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
+import sys
 from typing import Any
 
 import torch
@@ -43,19 +45,28 @@ def chat(options: argparse.Namespace) -> None:
         answer(model, tokenizer, [_say("")], **{**sampling, "max_new_tokens": 1})
         if options.max_new_tokens < 1:
             raise ValueError(f"max-new-tokens must be at least 1, got {options.max_new_tokens}")
+        prompt = None if options.prompt is None else _whole(options.prompt)
+        if options.prompt is not None and prompt is None:
+            raise ValueError(f"--prompt: {_BROKEN}")
     speaker = _Speaker(model, tokenizer, options.lora is not None, options.compare, sampling)
-    if options.prompt is not None:
+    if prompt is not None:
         with user_errors():
-            speaker.reply(_say(options.prompt))
+            speaker.reply(_say(prompt))
         return
     print(_HELP if options.lora else _HELP.replace("/lora switches the adapter on and off, ", ""))
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # `_whole` tells what is broken
     history: Conversation = []
     while True:
         try:
-            message = input("\nyou> ").strip()
+            typed = input("\nyou> ")
         except EOFError:
             print()
             return
+        if (message := _whole(typed)) is None:
+            print(f"({_BROKEN})")
+            continue
+        message = message.strip()
         if message in ("/quit", "/exit"):
             return
         if message == "/new":
@@ -103,6 +114,22 @@ class _Speaker:
             return answer(self.model, self.tokenizer, [conversation], stream=True, **self.sampling)[
                 0
             ]
+
+
+_BROKEN = "that line is not whole UTF-8 text, half a character perhaps; type it again"
+
+
+def _whole(text: str) -> str | None:
+    """What was typed; None where bytes of it are no characters.
+
+    In a terminal whose locale is not UTF-8, text in UTF-8 arrives as single bytes.
+    """
+    if not any("\ud800" <= character <= "\udfff" for character in text):
+        return text
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return None
 
 
 def _say(message: str) -> Conversation:

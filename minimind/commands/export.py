@@ -26,7 +26,7 @@ from ..model.transformer import MiniMindLM
 from ..settings import Settings
 from ..training.loop import DTYPES
 from ..training.prepare import load_base, user_errors
-from ..training.report import program
+from ..training.report import command_line
 from .merge import fold
 
 MANIFEST, GENERATION, ADAPTER = "export.json", "generation_config.json", "adapter"
@@ -143,7 +143,7 @@ def write_hub(model: MiniMindLM, tokenizer: Any, out: Path, dtype: torch.dtype) 
             + ("; scale multiplied into B, for readers that know r and lora_alpha alone" * folded)
         )
     if layout.model_type in ("llama", "qwen3", "qwen3_moe"):
-        lines.append(f"next:  {program()} chat --base {out}")
+        lines.append(f"next:  {command_line('chat', '--base', out)}")
     return lines
 
 

@@ -14,7 +14,7 @@ from ..model.transformer import MiniMindLM
 from ..settings import Settings
 from ..training.loop import DTYPES
 from ..training.prepare import load_base, unused, user_errors
-from ..training.report import program
+from ..training.report import command_line
 
 
 def merge(options: argparse.Namespace) -> None:
@@ -37,7 +37,7 @@ def merge(options: argparse.Namespace) -> None:
     print("\n".join(report))
     save_model(model, out, dtype)
     save_tokenizer(tokenizer, out)
-    print(f"wrote {out}/\nnext:  {program()} chat --base {out}")
+    print(f"wrote {out}/\nnext:  {command_line('chat', '--base', out)}")
 
 
 def fold(model: MiniMindLM, dtype: torch.dtype) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -33,10 +34,12 @@ from .report import (
     Report,
     Side,
     append,
+    command_line,
     compare,
     plot_loss,
     program,
     read_metrics,
+    written,
 )
 
 MOST_ANSWERED = 100
@@ -90,7 +93,8 @@ def run(job: Job) -> None:
             print("\nstopped within a step; the last resume point, if there is one, stands")
             raise
         save_resume_point(job, before)
-        again = f"{job.processes.launcher(program())} {job.command} --resume {job.out}"
+        launcher = job.processes.launcher(program())
+        again = f"{launcher} {job.command} --resume {shlex.quote(str(job.out))}"
         again += " --parallel fsdp" if job.processes.sharded else ""
         print(f"\nstopped; go on with: {again}")
         raise
@@ -191,17 +195,20 @@ def describe(job: Job) -> str:
 
 def closing(job: Job) -> str:
     """Where the results are and what to do next, as text."""
+    records = written(job.out, RUN, METRICS, ANSWERS, PLOT)
     if not job.lora:
-        files = f"model.safetensors, config.json, tokenizer, {RUN}, {METRICS}, {PLOT}"
-        return f"\nwrote {job.out}/: {files}\nnext:  {program()} chat --base {job.out}"
+        return (
+            f"\nwrote {job.out}/: model.safetensors, config.json, tokenizer, {records}\n"
+            f"next:  {command_line('chat', '--base', job.out)}"
+        )
     if job.settings.base == "random":
         return f"\nwrote {job.out}/: {ADAPTER}, for the random weights of this run alone"
-    options = f" --base {job.settings.base}" if job.settings.base else ""
-    options += f" --tokenizer {job.settings.tokenizer}" if job.settings.tokenizer else ""
+    options = ["--base", job.settings.base] if job.settings.base else []
+    options += ["--tokenizer", job.settings.tokenizer] if job.settings.tokenizer else []
     adapter = job.out / ADAPTER
     return (
-        f"\nwrote {job.out}/: {ADAPTER} ({adapter.stat().st_size / 1024:.0f} KiB), {RUN}, "
-        f"{METRICS}, {ANSWERS}, {PLOT}\nnext:  {program()} chat{options} --lora {adapter} --compare"
+        f"\nwrote {job.out}/: {ADAPTER} ({adapter.stat().st_size / 1024:.0f} KiB), {records}\n"
+        f"next:  {command_line('chat', *options, '--lora', adapter, '--compare')}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.font_manager import findfont, fontManager, get_font
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from tqdm import tqdm
 
 from .loop import Progress
@@ -107,7 +109,17 @@ def program() -> str:
     found = shutil.which("minimind")
     if called.name != "minimind" or (found and Path(found).resolve() == called.resolve()):
         return "minimind"
-    return os.path.relpath(called)
+    return shlex.quote(os.path.relpath(called))
+
+
+def command_line(*arguments: str | os.PathLike[str]) -> str:
+    """`program` with ``arguments``, to be pasted into a shell as it is."""
+    return f"{program()} {shlex.join(map(str, arguments))}"
+
+
+def written(out: Path, *names: str) -> str:
+    """Those of ``names`` that are in ``out``, as text."""
+    return ", ".join(name for name in names if (out / name).exists())
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -185,8 +197,10 @@ def plot_loss(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), "o", color=color, label=label, zorder=3)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_title(title, parse_math=False)  # a file name may hold dollar signs
+    title, fonts = drawable(title)
+    axes.set_title(title, parse_math=False, fontfamily=fonts)  # it may hold dollar signs
     axes.grid(alpha=0.3)
     rates = axes.twinx()
     rates.plot(
@@ -199,8 +213,35 @@ def plot_loss(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     )
     rates.set(ylabel="learning rate", ylim=(0, None))
     handles = [h for a in (axes, rates) for h in a.get_legend_handles_labels()[0]]
-    axes.legend(handles=handles, loc="upper right", framealpha=0.9)
+    # Outside: within, it would lie on the only point of a run of one step.
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=120, format="png")
+
+
+# Families with Chinese, Japanese and Korean, as systems and people install them.
+_WIDE_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC"),
+    *("Source Han Sans CN", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback"),
+    *("PingFang SC", "Hiragino Sans GB", "Heiti SC", "STHeiti", "Arial Unicode MS"),
+    *("Microsoft YaHei", "SimHei", "SimSun"),
+)
+
+
+def drawable(text: str) -> tuple[str, list[str]]:
+    """``text`` and the font families that draw it; "?" for what no font at hand has.
+
+    Otherwise matplotlib would draw boxes and warn of each character.
+    """
+    families = ["DejaVu Sans"]  # comes with matplotlib
+    present = {entry.name for entry in fontManager.ttflist}
+    if not text.isascii():
+        families += [name for name in _WIDE_FONTS if name in present]
+    fonts = [get_font(findfont(name)) for name in families]
+    drawn = (
+        character if any(font.get_char_index(ord(character)) for font in fonts) else "?"
+        for character in text
+    )
+    return "".join(drawn), families
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import struct
+import types
 
 import pytest
+from matplotlib import get_data_path
+from matplotlib.font_manager import fontManager
 
 import minimind.training.report as module
 from minimind.training.loop import Progress
@@ -15,11 +19,14 @@ from minimind.training.report import (
     Report,
     Side,
     append,
+    command_line,
     compare,
+    drawable,
     matches,
     plot_loss,
     program,
     read_metrics,
+    written,
 )
 
 
@@ -228,7 +235,7 @@ def test_plot_writes_a_png_with_the_right_curves(tmp_path, drawn, case):
     (figure,) = drawn
     assert curves(figure) == expected
     assert figure.axes[0].get_title() == "a title"
-    legend = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
+    legend = {text.get_text() for text in figure.legends[0].get_texts()}
     assert legend == set(expected)
 
 
@@ -244,6 +251,7 @@ def test_a_single_step_is_visible(tmp_path, drawn):
         ("/v/bin/minimind", "/v/bin/minimind", "minimind"),
         ("/v/bin/minimind", None, os.path.relpath("/v/bin/minimind")),
         ("/v/bin/minimind", "/other/bin/minimind", os.path.relpath("/v/bin/minimind")),
+        ("/my v/minimind", None, f"'{os.path.relpath('/my v/minimind')}'"),
         ("/src/minimind/__main__.py", None, "python -m minimind"),
         ("/v/bin/pytest", None, "minimind"),
     ],
@@ -252,3 +260,40 @@ def test_the_next_command_can_be_typed_as_it_is_printed(monkeypatch, called, on_
     monkeypatch.setattr("sys.argv", [called])
     monkeypatch.setattr("shutil.which", lambda name: on_path)
     assert program() == expected
+
+
+def test_what_is_printed_can_be_pasted_into_a_shell(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["/src/minimind/__main__.py"])
+    path = tmp_path / "我的 $数据" / "it's"
+    line = command_line("chat", "--lora", path)
+    assert line.startswith("python -m minimind chat --lora ")
+    assert shlex.split(line)[-1] == str(path)
+
+
+def test_only_what_is_there_is_said_to_be_written(tmp_path):
+    (tmp_path / "run.json").touch(), (tmp_path / "loss.png").touch()
+    assert written(tmp_path, "run.json", "answers.jsonl", "loss.png") == "run.json, loss.png"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_title_of_any_script_is_drawn_without_a_warning(tmp_path, drawn, monkeypatch):
+    title = "minimind finetune: 我的 数据/π $x$.jsonl \ud83d"
+    monkeypatch.setattr(fontManager, "ttflist", [])  # nothing but what comes with matplotlib
+    own = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    monkeypatch.setattr(module, "findfont", lambda name: own)
+    plot_loss(STEPS, tmp_path / "loss.png", title)
+    assert drawn[0].axes[0].get_title() == "minimind finetune: ?? ??/π $x$.jsonl ?"
+
+
+def test_a_font_that_has_the_characters_is_taken(monkeypatch):
+    wide = types.SimpleNamespace(name="WenQuanYi Zen Hei")
+    has = {"DejaVu Sans": "ab ", "WenQuanYi Zen Hei": "我的"}
+    monkeypatch.setattr(fontManager, "ttflist", [wide])
+    monkeypatch.setattr(module, "findfont", lambda name: name)
+    monkeypatch.setattr(
+        module,
+        "get_font",
+        lambda name: types.SimpleNamespace(get_char_index=lambda c: int(chr(c) in has[name])),
+    )
+    assert drawable("a 我的é") == ("a 我的?", ["DejaVu Sans", "WenQuanYi Zen Hei"])
+    assert drawable("ab") == ("ab", ["DejaVu Sans"])
