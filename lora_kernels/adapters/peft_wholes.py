@@ -78,9 +78,9 @@ def _saved_modules(model: nn.Module, trained: Collection[str]) -> list[str]:
         clean = {strip_wrappers(key) for key in inside}
         if clean and clean <= set(trained) and not any(is_inside(name, other) for other in saved):
             saved.append(name)
-    for name in modules:
+    for name, module in modules.items():
         twin = next((s for s in saved if name.endswith(s) and name not in saved), None)
-        if twin and not any(is_inside(name, other) for other in saved):
+        if twin and module.state_dict() and not any(is_inside(name, other) for other in saved):
             raise ValueError(
                 f"PEFT compares the ends of names and would take {name!r} for {twin!r}, which is "
                 "trained whole; save to a .safetensors file"

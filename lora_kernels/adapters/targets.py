@@ -39,14 +39,14 @@ def find_whole_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
             close = difflib.get_close_matches(suffix, [strip_wrappers(n) for n in modules], n=3)
             hint = f"; did you mean {close}?" if close else ""
             raise ValueError(f"modules_to_save has {suffix!r}, which is no module{hint}")
-        for name in matches:
-            if not any(True for _ in modules[name].parameters()):
-                raise ValueError(f"modules_to_save has {suffix!r}: {name!r} has no parameters")
+        if not any(_has_parameters(modules[name]) for name in matches):
+            raise ValueError(f"modules_to_save has {suffix!r}: {matches[0]!r} has no parameters")
     heads = [] if named is not None and not named else classifier_heads(model)
     return [
         name
-        for name in modules
-        if name in heads or any(ends_in_name(name, suffix) for suffix in named or ())
+        for name, module in modules.items()
+        if name in heads
+        or (_has_parameters(module) and any(ends_in_name(name, s) for s in named or ()))
     ]
 
 
@@ -161,6 +161,10 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 def _is_inside(name: str, modules: Sequence[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def _no_match(wish: str, word: str, linears: Mapping[str, nn.Module]) -> str:

@@ -47,7 +47,7 @@ def _put_in(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tenso
         return output
     x = args[0] if args else kwargs["input"]
     if isinstance(module, nn.Embedding):
-        place = torch.searchsorted(index, x).clamp(max=len(index) - 1)
+        place = torch.searchsorted(index, x.contiguous()).clamp(max=len(index) - 1)
         own = F.embedding(place, weight.to(output.dtype))
         scale = getattr(module, "embed_scale", 1.0)  # of Gemma, whose embedding multiplies
         own = own * (scale.to(own.dtype) if isinstance(scale, Tensor) else scale)
@@ -77,6 +77,7 @@ def find_token_modules(model: nn.Module, config: LoRAConfig) -> dict[str, list[i
     found = {}
     for ending, indices in asked.items():
         matches = [name for name in modules if ends_in_name(name, ending)]
+        matches = [ending] if ending in modules else matches
         if len(matches) != 1:
             raise ValueError(
                 f"trainable_token_indices has {ending!r}, which means {matches or 'no module'}; "

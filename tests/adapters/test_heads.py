@@ -25,6 +25,7 @@ HEADS = {
     ("Qwen2", "QuestionAnswering"): ["qa_outputs"],
     ("Bert", "SequenceClassification"): ["classifier"],
     ("Bert", "MultipleChoice"): ["classifier"],
+    ("DistilBert", "SequenceClassification"): ["pre_classifier", "classifier"],
     ("Roberta", "SequenceClassification"): ["classifier"],
     ("T5", "TokenClassification"): ["classifier"],
 }
@@ -53,6 +54,9 @@ def test_an_empty_list_leaves_the_head_alone():
     model = classifier(0)
     apply_lora(model, 4, target_modules=["q_proj"], modules_to_save=[], verbose=False)
     assert len(lora_parameters(model)) == 4
+    model = classifier(0, family="DistilBert")
+    apply_lora(model, 4, target_modules="all-linear", modules_to_save=[], verbose=False)
+    assert type(model.pre_classifier) is type(model.classifier) is nn.Linear
     model = classifier(0)
     names = apply_lora(model, 4, target_modules=["score"], modules_to_save=[], verbose=False)
     assert names == ["score"]

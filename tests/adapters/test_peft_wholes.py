@@ -120,7 +120,9 @@ def test_modules_and_biases_both_ways(tmp_path, case):
             apply_lora(again, 4, target_modules=["q_proj"], modules_to_save=saved, **sizes)
         load_lora(again, tmp_path / name)
         assert torch.equal(logits(again), logits(ours))
-    assert config_of(tmp_path / "ours")["bias"] == settings.get("bias", "none")
+    config = config_of(tmp_path / "ours")
+    assert config["bias"] == settings.get("bias", "none")
+    assert config.get("ensure_weight_tying", False) == (case == "tied")
     assert torch.allclose(logits(in_peft(llm(tied), tmp_path / "ours")), logits(theirs), atol=1e-5)
 
 
@@ -149,6 +151,7 @@ def test_a_resized_vocabulary(tmp_path, tied):
     ):
         load_lora(ours, tmp_path / "theirs")
     assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)
+    assert not ours.lm_head.weight.requires_grad
     with disable_lora(ours):
         assert torch.equal(logits(ours), bare)
     mark_only_lora_as_trainable(ours)

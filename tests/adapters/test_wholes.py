@@ -36,6 +36,7 @@ class Normed(Model):
         super().__init__()
         self.lm_head = nn.Linear(8, 10)
         self.norm = nn.BatchNorm1d(8)
+        self.drop = nn.Dropout()
         self.norm.register_buffer("passing", torch.ones(1), persistent=False)
 
     def forward(self, ids):
@@ -241,6 +242,7 @@ def test_tied_weights_are_trained_as_one_or_not_at_all():
             ValueError,
             "all of the modules targeted are trained whole",
         ),
+        ({"modules_to_save": ["drop"]}, ValueError, "'drop': 'drop' has no parameters"),
         ({"bias": "some"}, ValueError, "bias must be one of none, lora_only, all, got 'some'"),
     ],
 )
