@@ -23,6 +23,7 @@ from .content import Content, RenamedTensors
 from .peft_reading import CONFIG, TENSORS, holds_peft_files, read_directory
 from .targets import strip_wrappers
 from .tensor_files import LazyTensors, read_checkpoint, read_pickled
+from .wording import shortened
 
 SUFFIXES = {"A": ".lora.A.weight", "B": ".lora.B.weight"}
 METADATA, VERSION = "lora_kernels", 1
@@ -37,6 +38,9 @@ Value = TypeVar("Value")
 
 class AdapterMismatchError(ValueError):
     """An adapter file does not fit the model, or is not an adapter; the model is unchanged."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
 
 
 def read_adapter(

@@ -122,4 +122,5 @@ def _unreadable(path: Path, said: str) -> ValueError:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]
+    line = (str(error) or repr(error)).splitlines()[0]
+    return line if len(line) < 200 else f"{line[:200]} …"
