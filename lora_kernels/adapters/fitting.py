@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LayerConfig
-from ..linear.factors import DEFAULT, LoRA
+from ..linear.factors import DEFAULT, LoRA, factor_dtype
 from .carried import Part, adapters_in_use, parts
 from .content import Content
 from .fitting_wholes import WholeFit, fit_wholes
@@ -27,11 +27,13 @@ class Fit(NamedTuple):
         loaded: modules to load, without wrapper prefixes, in module order.
         inserted: layers to insert before, by the model's own names; empty where it carries the
             adapter.
+        dtypes: of A and B of those, where it is not `factor_dtype`'s choice.
         wholes: what to load besides.
     """
 
     loaded: list[str]
     inserted: dict[str, LayerConfig]
+    dtypes: dict[str, torch.dtype]
     wholes: WholeFit
 
 
@@ -41,6 +43,7 @@ def fit(
     content: Content,
     strict: bool,
     adapter: str = DEFAULT,
+    lora_dtype: torch.dtype | str | None = None,
 ) -> Fit:
     """Hold what `read_content` gave of ``path`` against the adapter of ``model`` that has this
     name, or against the bare model where none has. It is left as it is.
@@ -53,13 +56,21 @@ def fit(
     layers = without_wrappers(parts(model, adapter))
     fresh = not layers
     wanted: dict[str, LayerConfig] = {}
+    dtypes: dict[str, torch.dtype] = {}
     if fresh:
         wanted = {
             name: described.get(name, LayerConfig(rank=pair["A"].shape[0]))
             for name, pair in pairs.items()
             if strict or name in by_clean_name
         }
-        layers = _trial_layers(model, wanted, by_clean_name, path)
+        if lora_dtype is not None:
+            dtypes = {
+                name: torch.promote_types(pairs[name]["A"].dtype, pairs[name]["B"].dtype)
+                if isinstance(lora_dtype, str)
+                else lora_dtype
+                for name in wanted
+            }
+        layers = _trial_layers(model, wanted, dtypes, by_clean_name, path)
     missing = [name for name in layers if name not in pairs]
     unexpected = [name for name in pairs if name not in layers]
     problems = []
@@ -78,12 +89,18 @@ def fit(
         raise AdapterMismatchError(
             f"{path} does not fit the model; nothing was loaded.\n  " + "\n  ".join(problems)
         )
-    return Fit(loaded, {by_clean_name[name]: wanted[name] for name in loaded if fresh}, wholes)
+    return Fit(
+        loaded,
+        {by_clean_name[name]: wanted[name] for name in loaded if fresh},
+        {by_clean_name[name]: dtypes[name] for name in loaded if name in dtypes},
+        wholes,
+    )
 
 
 def _trial_layers(
     model: nn.Module,
     wanted: Mapping[str, LayerConfig],
+    dtypes: Mapping[str, torch.dtype],
     by_clean_name: Mapping[str, str],
     path: Path,
 ) -> dict[str, Part]:
@@ -106,7 +123,7 @@ def _trial_layers(
                 module.out_features,
                 layer.rank,
                 device="meta",
-                dtype=module.weight.dtype,
+                dtype=factor_dtype(module.weight.dtype, dtypes.get(name)),
             )
             layers[name] = Part(lora, layer)
     if problems:

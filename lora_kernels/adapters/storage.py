@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..linear.factors import DEFAULT, check_adapter_name
+from ..linear.factors import DEFAULT, check_adapter_name, factor_dtype
 from .carried import Part, adapters_in_use, parts, refuse_inside_block, require_parts
 from .files import write_atomically
 from .fitting import fit
@@ -139,6 +139,7 @@ def load_lora(
     *,
     strict: bool = True,
     name: str = DEFAULT,
+    lora_dtype: torch.dtype | str | None = None,
 ) -> list[str]:
     """Load the adapter at ``path`` into ``model``; on a model without it, apply it first.
 
@@ -161,6 +162,9 @@ def load_lora(
         strict: demand that the file and the model's adapter have the same modules. If false,
             modules on one side only are left alone; shapes must fit still.
         name: of the adapter in the model. Files do not hold it.
+        lora_dtype: of the A and B that loading makes: a dtype, ``"file"`` for the file's own, or
+            None for each weight's, and float32 where that has 16 bits. Those that the model has
+            keep theirs.
 
     Returns:
         The names of the modules loaded, in module order.
@@ -169,19 +173,22 @@ def load_lora(
         FileNotFoundError: no such file.
         AdapterMismatchError: what is missing, unexpected, mis-shaped or not finite, by name; or
             what PEFT's config asks for that is not plain LoRA.
+        TypeError: lora_dtype is none of these.
         ValueError: another suffix, FSDP1 has flattened the model, an adapter cannot be called so,
             or one would have to be put in inside `disable_lora` or `merged_lora`.
     """
     path = Path(path)
     check_adapter_name(name)
+    if lora_dtype != "file":
+        factor_dtype(torch.float32, lora_dtype)  # type: ignore[arg-type]
     content = with_todays_names(model, read_content(path, name))
     _factors(model, without_wrappers(parts(model, name)))  # refuses what FSDP1 has flattened
-    loaded, inserted, wholes = fit(model, path, content, strict, name)
+    loaded, inserted, dtypes, wholes = fit(model, path, content, strict, name, lora_dtype)
     if inserted or wholes.inserted or wholes.tokens:
         refuse_inside_block(model, "load_lora of a new adapter")
     if inserted:
         try:
-            insert_lora(model, inserted, name)
+            insert_lora(model, inserted, name, dtypes)
         except (TypeError, ValueError) as error:
             raise AdapterMismatchError(
                 f"{path} does not fit the model; nothing was loaded.\n  {error}"

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from ..config import LayerConfig, LoRAConfig
-from ..linear.factors import DEFAULT, check_adapter_name
+from ..linear.factors import DEFAULT, check_adapter_name, factor_dtype
 from ..linear.module import MERGED, LoRALinear
 from .carried import (
     adapters_in_use,
@@ -58,6 +59,7 @@ def apply_lora(
     verbose: bool = True,
     config: LoRAConfig | None = None,
     name: str = DEFAULT,
+    lora_dtype: torch.dtype | None = None,
 ) -> list[str]:
     """Replace the targeted ``nn.Linear`` modules of ``model`` by `LoRALinear`, in place.
 
@@ -74,12 +76,14 @@ def apply_lora(
             for those that are trained and saved whole.
         config: all of the above but ``verbose`` at once; they must then be left at their defaults.
         name: of the adapter, by which others of the same model are told from it.
+        lora_dtype: of A and B; by default each weight's own, or float32 where that has 16 bits.
 
     Returns:
         The names of the adapted modules, in module order.
 
     Raises:
-        TypeError: a target is not exactly an ``nn.Linear`` with a floating-point weight.
+        TypeError: a target is not exactly an ``nn.Linear`` with a floating-point weight, or
+            lora_dtype is no floating-point dtype.
         ValueError: a target matches nothing, the model carries an adapter of this name already, a
             weight is tied to another module or sharded, a module to save cannot be trained, or an
             argument is out of range. The model is left as it was.
@@ -104,6 +108,7 @@ def apply_lora(
     elif given != LoRAConfig():
         raise ValueError("config and its single arguments were both given; use one of the two")
     check_adapter_name(name)
+    factor_dtype(torch.float32, lora_dtype)
     whole_modules = find_whole_modules(model, config)
     names = find_targets(model, config, whole_modules, name)
     wholes = _parameters_to_save(model, config.bias, names, whole_modules)
@@ -114,7 +119,8 @@ def apply_lora(
     problems = [f"{n!r} is adapted or trained whole already" for n in tokens if n in taken]
     if problems := problems or token_refusals(model, tokens):
         raise ValueError(f"cannot train what trainable_token_indices asks for: {problems[0]}")
-    insert_lora(model, {n: config.layer(strip_wrappers(n)) for n in names}, name)
+    dtypes = None if lora_dtype is None else dict.fromkeys(names, lora_dtype)
+    insert_lora(model, {n: config.layer(strip_wrappers(n)) for n in names}, name, dtypes)
     insert_wholes(model, wholes, name)
     insert_tokens(model, {n: (indices, None) for n, indices in tokens.items()}, name)
     use_wholes(model, adapters_in_use(model))
@@ -144,11 +150,15 @@ def _parameters_to_save(
 
 
 def insert_lora(
-    model: nn.Module, layers: Mapping[str, LayerConfig], adapter: str = DEFAULT
+    model: nn.Module,
+    layers: Mapping[str, LayerConfig],
+    adapter: str = DEFAULT,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Make each named module of ``model`` a LoRALinear with an adapter of that configuration.
 
-    It is in use at once if it is the model's first.
+    It is in use at once if it is the model's first. A and B are of the module's dtype in
+    ``dtypes``, or else as `factor_dtype` says.
 
     Raises:
         TypeError, ValueError: as `apply_lora`, before anything is changed.
@@ -188,6 +198,7 @@ def insert_lora(
                 f"target {name!r} shares its weight with {', '.join(map(repr, tied))}; LoRA on one "
                 "of them would change neither the other nor a merged copy rightly; leave it out"
             )
+    dtypes = dtypes or {}
     made: dict[int, LoRALinear] = {}
     for name, layer in layers.items():
         module = modules[name]
@@ -201,6 +212,7 @@ def insert_lora(
                 dropout=layer.dropout,
                 use_rslora=layer.use_rslora,
                 name=adapter,
+                lora_dtype=dtypes.get(name),
             )
         except TypeError as error:
             raise TypeError(f"target {name!r}: {error}") from None
@@ -210,7 +222,7 @@ def insert_lora(
     for name, layer in layers.items():
         module = modules[name]
         if isinstance(module, LoRALinear) and adapter not in module.lora_configs:
-            module.add_adapter(adapter, layer)
+            module.add_adapter(adapter, layer, dtypes.get(name))
     replace_modules(model, made)
 
 

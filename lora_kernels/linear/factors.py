@@ -12,6 +12,26 @@ from ..config import check_rank
 # The name of an adapter that was given none.
 DEFAULT = "default"
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def factor_dtype(weight: torch.dtype, lora_dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of A and B over a weight of dtype ``weight``: ``lora_dtype`` if it is given.
+
+    Otherwise the weight's own, but float32 over 16 bits: an optimizer's steps, a thousandth of a
+    factor, are lost there in rounding, and `torch.amp.GradScaler` refuses float16.
+
+    Raises:
+        TypeError: ``lora_dtype`` is not of `DTYPES`.
+    """
+    if lora_dtype is None:
+        return torch.float32 if weight.itemsize < 4 else weight
+    if lora_dtype not in DTYPES:
+        raise TypeError(
+            f"lora_dtype must be None or one of {', '.join(map(str, DTYPES))}; got {lora_dtype!r}"
+        )
+    return lora_dtype
+
 
 class _Factor(nn.Linear):
     """A bias-free linear that keeps LoRA's initialisation when it is reset.

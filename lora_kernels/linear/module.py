@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from ..config import LayerConfig
 from .autograd import lora_linear
-from .factors import DEFAULT, LoRA, check_adapter_name
+from .factors import DEFAULT, DTYPES, LoRA, check_adapter_name, factor_dtype
 from .stacking import stack_adapters
 
 # What a LoRALinear computes: the sum, the base alone (inside `disable_lora`), or the base into
 # which the branch has been folded (inside `merged_lora`).
 ACTIVE, DISABLED, MERGED = "active", "disabled", "merged"
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class LoRALinear(nn.Linear):
@@ -42,9 +40,10 @@ class LoRALinear(nn.Linear):
         alpha: numerator of the scale; ``None`` means scale 1.
         dropout: probability in [0, 1) of dropping elements of the branch's input in training.
         use_rslora: scale by ``alpha / sqrt(rank)``.
+        lora_dtype: of A and B; by default the weight's, or float32 if that has 16 bits.
 
     Raises:
-        TypeError, ValueError: as `LayerConfig`.
+        TypeError, ValueError: as `LayerConfig` and `factor_dtype`.
     """
 
     lora: LoRA
@@ -62,10 +61,11 @@ class LoRALinear(nn.Linear):
         use_rslora: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        lora_dtype: torch.dtype | None = None,
     ) -> None:
         config = LayerConfig(rank, alpha, dropout, use_rslora)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._begin(DEFAULT, config)
+        self._begin(DEFAULT, config, lora_dtype)
 
     @classmethod
     def from_linear(
@@ -77,18 +77,21 @@ class LoRALinear(nn.Linear):
         dropout: float = 0.0,
         use_rslora: bool = False,
         name: str = DEFAULT,
+        lora_dtype: torch.dtype | None = None,
     ) -> LoRALinear:
         """A LoRALinear that shares ``linear``'s parameters, hooks and mode; nothing is copied.
 
-        A and B are made in the weight's dtype, on its device; ``name`` is the adapter's.
+        A and B are made on the weight's device, in the dtype that `factor_dtype` gives;
+        ``name`` is the adapter's.
 
         Raises:
-            TypeError: ``linear`` is not exactly an ``nn.Linear``, its forward was replaced, or its
-                weight is computed or not of a dtype in `DTYPES`.
+            TypeError: ``linear`` is not exactly an ``nn.Linear``, its forward was replaced, its
+                weight is computed or not of a dtype in `DTYPES`, or ``lora_dtype`` is not.
             ValueError: rank, alpha or dropout out of range, or see `check_adapter_name`.
         """
         config = LayerConfig(rank, alpha, dropout, use_rslora)
         check_adapter_name(name)
+        factor_dtype(torch.float32, lora_dtype)
         if type(linear) is not nn.Linear:
             raise TypeError(
                 f"linear must be exactly an nn.Linear, got {type(linear).__name__}; a subclass may "
@@ -111,7 +114,7 @@ class LoRALinear(nn.Linear):
             )
         module = cls.__new__(cls)
         module.__dict__.update(_own_copy(linear))
-        module._begin(name, config)
+        module._begin(name, config, lora_dtype)
         return module
 
     def to_linear(self) -> nn.Linear:
@@ -124,18 +127,21 @@ class LoRALinear(nn.Linear):
             linear._modules.pop(name, None)
         return linear
 
-    def _begin(self, name: str, config: LayerConfig) -> None:
+    def _begin(self, name: str, config: LayerConfig, lora_dtype: torch.dtype | None) -> None:
         self.register_module("lora", None)
         self._lora_configs: dict[str, LayerConfig] = {}
         self._lora_state = ACTIVE
-        self.add_adapter(name, config)
+        self.add_adapter(name, config, lora_dtype)
         self.use_adapters({name: 1.0})
 
-    def add_adapter(self, name: str, config: LayerConfig) -> LoRA:
+    def add_adapter(
+        self, name: str, config: LayerConfig, lora_dtype: torch.dtype | None = None
+    ) -> LoRA:
         """Give the layer one more adapter, which is not in use yet.
 
         Raises:
-            TypeError, ValueError: see `check_adapter_name`, or the layer has one of this name.
+            TypeError, ValueError: see `check_adapter_name` and `factor_dtype`, or the layer has one
+                of this name.
         """
         if check_adapter_name(name) in self._lora_configs:
             raise ValueError(f"the layer has an adapter named {name!r} already; take another name")
@@ -145,7 +151,7 @@ class LoRALinear(nn.Linear):
             self.out_features,
             config.rank,
             device=weight.device,
-            dtype=weight.dtype,
+            dtype=factor_dtype(weight.dtype, lora_dtype),
         )
         lora.train(self.training)
         if name == DEFAULT:
