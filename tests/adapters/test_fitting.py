@@ -122,9 +122,13 @@ def test_values_too_large_for_the_models_dtype_are_refused(tmp_path, bare):
     state = {k: v.clone() for k, v in lora_state_dict(trained(Model(), rank=2)).items()}
     state["gate.lora.A.weight"][0, 0] = 1e6
     torch.save(state, tmp_path / "a.pth")
-    model = Model().half() if bare else trained(Model().half(), rank=2)
+    narrow = {"lora_dtype": torch.float16}
+    model = Model().half() if bare else trained(Model().half(), rank=2, **narrow)
     with pytest.raises(AdapterMismatchError, match="gate.lora.A.weight: too large for.*float16"):
-        load_lora(model, tmp_path / "a.pth")
+        load_lora(model, tmp_path / "a.pth", **narrow)
+    if bare:
+        load_lora(model, tmp_path / "a.pth")  # into float32
+        assert model.gate.lora.A.weight[0, 0] == 1e6
 
 
 @pytest.mark.parametrize("bare", [False, True], ids=["adapted", "bare"])

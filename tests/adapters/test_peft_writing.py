@@ -146,7 +146,8 @@ def test_layers_without_alpha_beside_rslora(tmp_path):
 
 
 def test_folding(tmp_path):
-    source = trained(Model().bfloat16(), rank=4, alpha=3, rank_pattern={"gate": 2})
+    narrow = {"lora_dtype": torch.bfloat16}
+    source = trained(Model().bfloat16(), rank=4, alpha=3, rank_pattern={"gate": 2}, **narrow)
     save_lora(source, tmp_path, fold_scale=True)
     tensors = load_file(tmp_path / TENSORS)
     b = tensors["base_model.model.gate.lora_B.weight"]
@@ -157,7 +158,7 @@ def test_folding(tmp_path):
     assert target.gate.scale == 1.0 and target.gate.rank == 4
     with pytest.raises(AdapterMismatchError, match="expected"):
         load_lora(source, tmp_path)  # its scale and its ranks are others
-    huge = trained(Model().half(), rank=2, alpha=1e6)
+    huge = trained(Model().half(), rank=2, alpha=1e6, lora_dtype=torch.float16)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match="B of 'blocks.0.q' is not finite in torch.float16"):
         save_lora(huge, tmp_path, fold_scale=True)

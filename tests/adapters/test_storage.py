@@ -18,12 +18,12 @@ from lora_kernels import AdapterMismatchError, apply_lora, load_lora, lora_state
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_round_trip(tmp_path, suffix, dtype):
     torch.manual_seed(1)
-    source = trained(Model().to(dtype), rank=3)
+    source = trained(Model().to(dtype), rank=3, lora_dtype=dtype)
     path = tmp_path / "deep" / f"adapter{suffix}"
     save_lora(source, path)
     torch.manual_seed(1)
     target = Model().to(dtype)
-    apply_lora(target, rank=3, verbose=False)
+    apply_lora(target, rank=3, lora_dtype=dtype, verbose=False)
     assert load_lora(target, path) == ["blocks.0.q", "blocks.1.q", "gate"]
     assert torch.equal(target(IDS), source(IDS))
     on_disk = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)

@@ -34,12 +34,17 @@ def test_outputs_and_gradients_equal_pefts(name):
     assert_rounding_apart(results(theirs), expected)
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_in_bfloat16(name):
-    ours, theirs = both(name, torch.bfloat16)
+def test_in_bfloat16(name, wide):
+    ours, theirs = both(name, torch.bfloat16, wide=wide)
     truth, expected = truth_of(theirs), results(theirs)
     got = results(ours)
-    assert {v.dtype for v in got.values()} == {torch.bfloat16}
+    assert {k: v.dtype for k, v in got.items()} == {k: v.dtype for k, v in expected.items()}
+    if wide:  # PEFT multiplies in the factors' dtype, we in x's: that one's rounding is the budget
+        expected = results(both(name, torch.bfloat16)[1])
+    factors_in = {v.dtype for k, v in got.items() if k.endswith((" A", " B"))}
+    assert factors_in == {torch.float32 if wide else torch.bfloat16}
     assert error(got, truth) <= MULTIPLE * error(expected, truth) < 0.2
 
 

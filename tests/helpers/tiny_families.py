@@ -48,16 +48,20 @@ def family(name, dtype=torch.float32):
     return model.to(dtype)
 
 
-def both(name, dtype=torch.float32, dropout=0.0):
-    """The model with LoRA of ours, and with PEFT's, with the same A and B."""
+def both(name, dtype=torch.float32, dropout=0.0, wide=False):
+    """The model with LoRA of ours, and with PEFT's, with the same A and B.
+
+    These are in the model's dtype, or, if ``wide``, in each library's own choice.
+    """
     peft = pytest.importorskip("peft")
     targets = FAMILIES[name][2]
     ours = family(name, dtype)
-    apply_lora(ours, 4, alpha=6, dropout=dropout, target_modules=targets, verbose=False)
+    settings = {"alpha": 6, "dropout": dropout, "target_modules": targets, "verbose": False}
+    apply_lora(ours, 4, lora_dtype=None if wide else dtype, **settings)
     mark_only_lora_as_trainable(ours)
     fill(lora_parameters(ours))
     config = peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=dropout, target_modules=targets)
-    theirs = peft.get_peft_model(family(name, dtype), config, autocast_adapter_dtype=False)
+    theirs = peft.get_peft_model(family(name, dtype), config, autocast_adapter_dtype=wide)
     with torch.no_grad():
         for key, (a, b) in factors(theirs).items():
             a.copy_(factors(ours)[key][0])

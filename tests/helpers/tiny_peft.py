@@ -121,12 +121,13 @@ OURS = {
 
 
 def ours(name, way, dtype=torch.float32):
+    """A model with LoRA of ours, all of it in ``dtype``."""
     model = base(name, dtype=dtype)
     settings = dict(OURS[way])
     for pattern in ("rank_pattern", "alpha_pattern"):
         if pattern in settings:
             settings[pattern] = {rf"layers\.1\..*{TARGETS[name][1]}": settings[pattern]}
-    apply_lora(model, target_modules=TARGETS[name], verbose=False, **settings)
+    apply_lora(model, target_modules=TARGETS[name], verbose=False, lora_dtype=dtype, **settings)
     fill(lora_parameters(model))
     return model
 
