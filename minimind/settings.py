@@ -70,7 +70,14 @@ class Settings:
     """Everything that decides a run; written to its output directory as ``config.json``."""
 
     data: str = _option(
-        "identity", "training conversations: a .jsonl file, or a shipped set: base, identity, tea"
+        "identity",
+        "what to learn: a .jsonl, .json, .csv, .tsv, .txt or .parquet file, or one of these with "
+        ".gz; or a shipped set: base, identity, tea",
+    )
+    format: str | None = _option(
+        None,
+        "form of the data: conversations, messages, sharegpt, alpaca, text, or two fields as in "
+        "question/answer (default: told by the fields of the first row)",
     )
     out: str | None = _option(None, "directory for results (default: the next free out/NAME-N)")
     base: str | None = _option(

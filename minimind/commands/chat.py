@@ -12,7 +12,7 @@ import torch
 
 from lora_kernels import disable_lora
 
-from ..data.sft import Conversation
+from ..data.turns import Conversation
 from ..model.checkpoint import load_adapter
 from ..model.generate import answer
 from ..model.transformer import MiniMindLM

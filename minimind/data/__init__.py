@@ -6,12 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .sft import SFTDataset, find_data, read_conversations
+    from .forms import read_conversations
+    from .reading import find_data
+    from .sft import SFTDataset
 
 __all__ = ["SFTDataset", "find_data", "read_conversations"]
 
 # Imported when first used: the toy data is made without torch.
-_HOMES = {"SFTDataset": "sft", "find_data": "sft", "read_conversations": "sft"}
+_HOMES = {"SFTDataset": "sft", "find_data": "reading", "read_conversations": "forms"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from ..data.sft import Conversation
+from ..data.turns import Conversation
 from .transformer import MiniMindLM
 
 
@@ -29,7 +29,8 @@ def answer(
     Args:
         model: in eval or training mode, which is restored.
         tokenizer: the model's, with a chat template.
-        conversations: each ends in a user's turn; a batch is padded on the left.
+        conversations: each ends in a user's turn, or a tool's, and may be a Sample with tools; a
+            batch is padded on the left.
         max_new_tokens: longest answer, at least 1.
         temperature: 0 takes the likeliest token; above, tokens are drawn from the ``top_p`` share
             of the probability (nucleus sampling, arXiv 1904.09751).
@@ -50,7 +51,9 @@ def answer(
     if stream and len(conversations) != 1:
         raise ValueError(f"stream takes one conversation, got {len(conversations)}")
     texts = [
-        tokenizer.apply_chat_template(list(c), tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(
+            list(c), tools=getattr(c, "tools", None), tokenize=False, add_generation_prompt=True
+        )
         for c in conversations
     ]
     inputs = tokenizer(

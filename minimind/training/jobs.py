@@ -22,6 +22,7 @@ from lora_kernels.adapters import write_atomically
 
 from ..data.sft import SFTDataset
 from ..data.tokenizer import TOKENIZER_DIRECTORY, save_tokenizer
+from ..data.turns import TEXT, Sample
 from ..model.checkpoint import save_model
 from ..model.generate import answer
 from ..model.transformer import MiniMindLM
@@ -56,9 +57,10 @@ def run(job: Job) -> None:
     """
     print(describe(job), flush=True)
     first = job.processes.first
-    prompts, expected = heldout_prompts(job.heldout)
+    questions, expected = heldout_questions(job.heldout)
+    prompts = [question[-1]["content"] for question in questions]
     try:
-        before = job.resumed["before"] if job.resumed else look(job, prompts, "before")
+        before = job.resumed["before"] if job.resumed else look(job, questions, "before")
     except BaseException:
         with contextlib.suppress(OSError):
             job.out.rmdir()  # still empty: nobody need clean up after a run that never began
@@ -99,7 +101,7 @@ def run(job: Job) -> None:
         print(f"\nstopped; go on with: {again}")
         raise
     save_weights(job)
-    after = look(job, prompts, "after")
+    after = look(job, questions, "after")
     if first:
         write_results(job, prompts, expected, before, after)
 
@@ -167,7 +169,7 @@ def describe(job: Job) -> str:
         f"  base        {settings.base or ('shipped' if job.lora else 'random')} "
         f"({'' if config.era == '2025-02' else config.era + ', '}"
         f"dim {config.dim}, {config.n_layers} layers{', MoE' if config.use_moe else ''})",
-        f"  data        {settings.data}: {len(train):,} conversations, "
+        f"  data        {settings.data}: {len(train):,} {_of_form(train.form)}, "
         f"{sum(train.lengths):,} tokens{left}",
         f"  held out    {len(job.heldout) if job.heldout else 'nothing (fewer than 20 samples)'}",
         f"  steps       {job.trainer.total_steps:,} ({settings.epochs} epochs)",
@@ -193,6 +195,12 @@ def describe(job: Job) -> str:
     return "\n".join(lines)
 
 
+def _of_form(form: str) -> str:
+    """What samples of a form are called, and the form where that does not say it."""
+    plain = {"conversations": "conversations", TEXT: "texts"}
+    return plain.get(form, f"conversations (read as {form})")
+
+
 def closing(job: Job) -> str:
     """Where the results are and what to do next, as text."""
     records = written(job.out, RUN, METRICS, ANSWERS, PLOT)
@@ -212,19 +220,26 @@ def closing(job: Job) -> str:
     )
 
 
-def heldout_prompts(heldout: SFTDataset | None) -> tuple[list[str], list[str]]:
-    """First questions of the held-out conversations, and the answers they should get."""
-    pairs = []
-    for turns in heldout.conversations if heldout else []:
-        opening = [turn["content"] for turn in turns[:2]]
-        if [turn["role"] for turn in turns[:2]] == ["user", "assistant"]:
-            pairs.append((opening[0], opening[1]))
-    pairs = pairs[:MOST_ANSWERED]
-    return [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
+def heldout_questions(heldout: SFTDataset | None) -> tuple[list[Sample], list[str]]:
+    """How the held-out conversations open, up to the first question, and the answers to those.
+
+    A system turn and tools are part of the opening. Texts ask nothing; answers that are calls, or
+    not to be learnt, are no answers to expect.
+    """
+    questions, expected = [], []
+    for sample in heldout.conversations if heldout else []:
+        begin = int(sample[0]["role"] == "system")
+        opening, told = sample[: begin + 1], sample[begin + 1 : begin + 2]
+        roles = [turn["role"] for turn in (*opening[begin:], *told)]
+        called = told and "tool_calls" in told[0]
+        if roles == ["user", "assistant"] and not called and begin + 1 not in sample.unlearnt:
+            questions.append(Sample(opening, sample.place, sample.form, sample.tools))
+            expected.append(told[0]["content"])
+    return questions[:MOST_ANSWERED], expected[:MOST_ANSWERED]
 
 
-def look(job: Job, prompts: list[str], when: str) -> dict[str, Any]:
-    """Losses of the model as it is now, and its answers to ``prompts``: a Side as a dictionary.
+def look(job: Job, questions: list[Sample], when: str) -> dict[str, Any]:
+    """Losses of the model as it is now, and its answers to ``questions``: a Side as a dictionary.
 
     The processes share the losses. Each gives all the answers, in the very batches of one process:
     other ones would round otherwise, and a greedy answer can hang on the last bit.
@@ -236,9 +251,8 @@ def look(job: Job, prompts: list[str], when: str) -> dict[str, Any]:
             return None
         return evaluate(job.model, dataset, job.device, job.dtype, processes=job.processes)
 
-    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
     sharded = job.processes.sharded
-    answers = answer(job.model, job.tokenizer, conversations, synced=sharded) if prompts else []
+    answers = answer(job.model, job.tokenizer, questions, synced=sharded) if questions else []
     return asdict(Side(loss(job.heldout), loss(job.base_heldout), answers))
 
 

@@ -15,8 +15,11 @@ import torch
 
 from lora_kernels import apply_lora, lora_parameters, lora_state_dict, mark_only_lora_as_trainable
 
-from ..data.sft import DATA_DIRECTORY, Conversation, SFTDataset, find_data, read_conversations
+from ..data.forms import read_conversations
+from ..data.reading import DATA_DIRECTORY, find_data, split_name
+from ..data.sft import SFTDataset
 from ..data.tokenizer import load_tokenizer
+from ..data.turns import Sample
 from ..model.checkpoint import load_model
 from ..model.config import LMConfig
 from ..model.transformer import MiniMindLM
@@ -149,20 +152,19 @@ def parse_targets(targets: str | None) -> list[str] | str | None:
     return names if plain else targets
 
 
-def split(data: str, seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """Training and held-out conversations of ``data``.
+def split(data: str, seed: int, form: str | None = None) -> tuple[list[Sample], list[Sample]]:
+    """Training and held-out samples of ``data``, a file of ``form`` (told by its first row).
 
     ``X.heldout.jsonl`` beside ``X.jsonl`` is the held-out split; without one, a tenth (at most
     200) is drawn from the data, and none from fewer than 20.
     """
     path = find_data(data)
-    conversations = read_conversations(path)
-    beside = path.with_name(f"{path.stem}.heldout{path.suffix}")
+    conversations = read_conversations(path, form)
+    name, ending = split_name(path)
+    beside = path.with_name(f"{name}.heldout{ending}")
     if beside.is_file():
-        return conversations, read_conversations(beside)
-    answered = [
-        i for i, c in enumerate(conversations) if any(turn["role"] == "assistant" for turn in c)
-    ]
+        return conversations, read_conversations(beside, form)
+    answered = [i for i, sample in enumerate(conversations) if sample.teaches]
     if len(answered) < 20:
         return conversations, []
     count = min(MOST_HELDOUT, len(answered) // 10)
@@ -193,7 +195,7 @@ def prepare(
             processes.check(training.batch_size)
             model, tokenizer = load_base(settings)
             max_length = min(settings.max_length, model.config.max_seq_len)
-            train_set, heldout_set = split(settings.data, settings.seed)
+            train_set, heldout_set = split(settings.data, settings.seed, settings.format)
             train = SFTDataset(train_set, tokenizer, max_length, settings.data)
             heldout = None
             if heldout_set:
@@ -273,7 +275,7 @@ def _claim_directory(settings: Settings) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         return out
     for number in itertools.count(1):
-        out = Path("out") / f"{Path(settings.data).stem}-{number}"
+        out = Path("out") / f"{split_name(Path(settings.data))[0]}-{number}"
         with contextlib.suppress(FileExistsError):
             out.mkdir(parents=True)
             break

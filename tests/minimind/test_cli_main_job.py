@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 from lora_kernels import load_lora
 from minimind import SFTDataset, load_model, load_tokenizer
-from minimind.data.sft import DATA_DIRECTORY, read_conversations
+from minimind.data.forms import read_conversations
+from minimind.data.reading import DATA_DIRECTORY
 from minimind.data.toydata.build import normalised
 from minimind.model.generate import answer
 from minimind.training.loop import evaluate

@@ -1,9 +1,10 @@
-"""Conversations as tokens: the mask to the token, batches, and every file that must be refused."""
+"""Conversations as tokens: the mask to the token, cutting, batches, and samples without a word."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import random
 
 import pytest
@@ -11,13 +12,9 @@ import torch
 from places import ORIGINAL
 from torch.utils.data import DataLoader
 
-from minimind.data.sft import (
-    DataError,
-    LengthGroupedBatches,
-    SFTDataset,
-    find_data,
-    read_conversations,
-)
+from minimind.data.forms import read_conversations
+from minimind.data.reading import DataError, find_data
+from minimind.data.sft import LengthGroupedBatches, SFTDataset
 from minimind.data.tokenizer import load_tokenizer
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -226,97 +223,7 @@ def test_items_and_batches_are_copies(dataset):
     assert unchanged()
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-GOOD = json.dumps({"conversations": chat("q", "r")})
-
-
-def line(*turns):
-    return json.dumps({"conversations": list(turns)})
-
-
-def turn(role, content):
-    return {"role": role, "content": content}
-
-
-BAD_LINES = {
-    "not JSON": ('{"conversations": [', "not JSON .* each line must be one object"),
-    "JSON with a tail": (GOOD + " x", "not JSON"),
-    "list": ("[1, 2]", 'no "conversations" list; each line must be one object'),
-    "number": ("17", 'no "conversations" list'),
-    "null": ("null", 'no "conversations" list'),
-    "huge number": ("1" * 5000, "not JSON|no .conversations. list"),
-    "nested too deep": ("[" * 200_000, "not JSON"),
-    "no conversations": ('{"text": "x"}', 'no "conversations" list'),
-    "conversations is a string": ('{"conversations": "x"}', 'no "conversations" list'),
-    "empty list": ('{"conversations": []}', 'no "conversations" list'),
-    "turn is a string": (line("hi"), "turn 1 has role None; use one of system, user, assistant"),
-    "unknown role": (line(turn("user", "q"), turn("bot", "r")), "turn 2 has role 'bot'; use one"),
-    "unhashable role": (line(turn(["user"], "q")), r"turn 1 has role \['user'\]; use one"),
-    "no content": (line({"role": "user"}), r'turn 1 \(user\) has no "content" text; give it'),
-    "null content": (line(turn("user", "q"), turn("assistant", None)), r"turn 2 \(assistant\) has"),
-    "number as content": (line(turn("user", 3)), r'turn 1 \(user\) has no "content" text'),
-    "empty answer": (line(turn("user", "q"), turn("assistant", "")), "turn 2: .* says nothing"),
-    "blank answer": (line(turn("user", "q"), turn("assistant", " \n")), "turn 2: .* says nothing"),
-    "late system": (line(turn("user", "q"), turn("system", "s")), "turn 2 is a system turn; only"),
-    "second system": (line(turn("system", "a"), turn("system", "b")), "turn 2 is a system turn"),
-    "high surrogate": (line(turn("user", "a\ud83d")), r"turn 1 \(user\) holds half a surrogate"),
-    "low surrogate": (line(turn("user", "\ude00")), r"turn 1 \(user\) holds half a surrogate"),
-}
-
-
-@pytest.mark.parametrize("bad", BAD_LINES.values(), ids=BAD_LINES)
-def test_bad_lines_are_named(tmp_path, bad):
-    text, message = bad
-    path = tmp_path / "my data.jsonl"
-    path.write_text(f"{GOOD}\n\n{text}\n{GOOD}\n", encoding="utf-8")
-    with pytest.raises(DataError, match=message) as caught:
-        read_conversations(path)
-    assert str(caught.value).startswith(f"{path}:3: ")
-
-
-def test_whole_surrogate_pairs_are_fine(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text(line(turn("user", "😀")), encoding="ascii")  # as \ud83d\ude00
-    assert read_conversations(path)[0][0]["content"] == "😀"
-
-
-def test_blank_lines_bom_and_crlf_are_fine(tmp_path):
-    path = tmp_path / "a.jsonl"
-    other = json.dumps({"conversations": chat("a\u2028b\u0085c", "\r\n线")}, ensure_ascii=False)
-    path.write_bytes(f"\ufeff\r\n{GOOD}\r\n  \r\n\t\r\n{other}".encode())
-    assert read_conversations(path) == [chat("q", "r"), chat("a\u2028b\u0085c", "\r\n线")]
-
-
-def test_line_numbers_count_blank_lines_and_line_separators(tmp_path):
-    # Editors count \n, so a separator inside a string must not shift the number.
-    path = tmp_path / "a.jsonl"
-    other = json.dumps({"conversations": chat("a\u2028b", "\x0bc")}, ensure_ascii=False)
-    path.write_bytes(f"{other}\r\n\r\n{{\r\n".encode())
-    with pytest.raises(DataError, match=r"a\.jsonl:3: not JSON"):
-        read_conversations(path)
-
-
-def test_other_keys_are_left_out(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"id": 1, "conversations": [{**turn("user", "q"), "n": 2}]}))
-    assert read_conversations(str(path)) == [[turn("user", "q")]]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "holds no conversations; write one JSON object a line"),
-        (b"\n \r\n", "holds no conversations"),
-        (GOOD.encode() + b"\n\xff\xfe\n", "cannot be read as UTF-8 text"),
-        (GOOD.encode("utf-16"), "cannot be read as UTF-8 text"),
-    ],
-)
-def test_unusable_files(tmp_path, content, message):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"a\.jsonl {message}"):
-        read_conversations(path)
+# --- what cannot be used --------------------------------------------------------------------------
 
 
 def test_missing_file_and_directory(tmp_path, tokenizer):
@@ -333,6 +240,45 @@ def test_nothing_left_to_train_on(tmp_path, tokenizer, conversation):
     with pytest.raises(DataError, match="none of 1 samples .* within 50 tokens; raise max") as e:
         SFTDataset(path, tokenizer, max_length=50)
     assert str(path) in str(e.value)
+
+
+def test_nothing_at_all(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n")
+    for nothing in (path, []):
+        with pytest.raises(DataError, match="holds no conversations; write one JSON object"):
+            SFTDataset(nothing, tokenizer)
+
+
+def test_conversations_given_as_lists_are_checked_like_a_file(tokenizer):
+    bad = [*chat("q"), {"role": "assistant", "content": "r", "mood": "sad"}]
+    with pytest.raises(DataError, match=r"^mine, number 2: turn 2 \(assistant\).* field 'mood'"):
+        SFTDataset([chat("q", "r"), bad], tokenizer, source="mine")
+    wrong = {"role": "assistant", "content": "wrong", "weight": 0}
+    item = SFTDataset([[*chat("q"), wrong, *chat("no", "r")]], tokenizer)[0]
+    assert [text for flag, text in pieces(item, tokenizer) if flag] == ["r</s>"]
+
+
+def test_texts_are_learnt_whole_between_their_ends(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"text": "春眠不觉晓，\\n处处闻啼鸟。"}\n{"text": "Rain."}\n', encoding="utf-8"
+    )
+    dataset = SFTDataset(path, tokenizer)
+    assert dataset.form == "text"
+    assert pieces(dataset[0], tokenizer) == [(1, "<s>春眠不觉晓，\n处处闻啼鸟。</s>")]
+    ids = dataset[1][0].tolist()
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert ids[1:-1] == tokenizer("Rain.", add_special_tokens=False)["input_ids"]
+    assert len(SFTDataset(path, tokenizer, max_length=3)[0][0]) == 3
+
+
+def test_a_dataset_survives_pickling(tokenizer):
+    # Workers that are spawned get it so.
+    dataset = SFTDataset([chat("q", "r")], tokenizer)
+    again = pickle.loads(pickle.dumps(dataset))
+    assert again.conversations == dataset.conversations
+    assert again.conversations[0].place == "the conversations, number 1"
 
 
 @pytest.mark.parametrize("max_length", [1, 0, -5])

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from minimind.data.sft import DATA_DIRECTORY, SHIPPED_DATA, find_data, read_conversations
+from minimind.data.forms import read_conversations
+from minimind.data.reading import DATA_DIRECTORY, SHIPPED_DATA, find_data
 from minimind.data.toydata import build
 
 NAMES = {f"{name}{split}" for name in SHIPPED_DATA for split in ("", ".heldout")}
