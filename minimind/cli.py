@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--max-new-tokens", type=int, default=128, help="longest answer in tokens (default: 128)"
     )
-    chat.add_argument("--device", default="auto", help="cpu, cuda, or auto (default: auto)")
+    chat.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto (default: auto)")
     chat.add_argument("--seed", type=int, default=42, help="seed of the draws (default: 42)")
 
     merge = add("merge", "fold an adapter into its base and save the plain model", _merge)

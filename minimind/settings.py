@@ -113,7 +113,7 @@ class Settings:
         "q_proj,v_proj), all-linear, or a regular expression (default: the square linears)",
         lora=True,
     )
-    device: str = _option("auto", "cpu, cuda, or auto")
+    device: str = _option("auto", "cpu, cuda, mps, or auto")
     dtype: str = _option("auto", "precision of the products: float32, bfloat16, float16, or auto")
     num_workers: int = _option(0, "processes that load data")
     log_interval: int = _option(10, "optimizer steps between records in metrics.jsonl")

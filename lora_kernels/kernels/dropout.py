@@ -31,6 +31,8 @@ def draw_keep_mask(x: Tensor, dropout_p: float) -> Tensor:
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         lanes = words.view(torch.int16)[: x.numel()].view(x.shape)
         return lanes >= keep_threshold(dropout_p) - 2**15
+    if x.device.type == "mps":  # of booleans it may have no bernoulli_
+        return torch.rand(x.shape, device=x.device) >= dropout_p
     return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout_p)
 
 

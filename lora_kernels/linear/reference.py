@@ -103,7 +103,7 @@ def backward(
         elif keep is None:
             dx = dy.mm(weight).addmm_(dxa, factor_a)
         else:
-            dx = dy.mm(weight).addcmul_(dxa.mm(factor_a), keep.view(torch.uint8))
+            dx = dy.mm(weight).add_(_kept(dxa.mm(factor_a), keep))
     if needs.lora_b:
         if is_compiling() or dy.shape[0] < _MANY or torch.get_num_threads() > 1:
             db = dy.t().mm(xa).mul_(scale)

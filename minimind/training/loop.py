@@ -74,7 +74,10 @@ def steps_per_epoch(dataset: SFTDataset, config: TrainingConfig) -> int:
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it faster than float32, else float32."""
+    """bfloat16 where the hardware multiplies it faster than float32, else float32.
+
+    On Apple's GPUs that depends on chip and system, so that float32 stays unless asked otherwise.
+    """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if device.type == "cpu":
@@ -186,7 +189,9 @@ class Trainer:
             rows, counted = self.processes.rows(batch)
             share = int(rows[2][:, 1:].sum()) / supervised if counted else 0.0
             aux_share = counted / len(batch[0])
-            x, y, mask = (t.to(self.device, non_blocking=True) for t in rows)
+            # Only out of pinned memory, which is CUDA's, may a copy be left to itself.
+            pinned = self.device.type == "cuda"
+            x, y, mask = (t.to(self.device, non_blocking=pinned) for t in rows)
             with self.processes.accumulating(self.model, more=index + 1 < len(window)):
                 with autocast(self.device, self.dtype):
                     output = self.model(x, labels=y, loss_mask=mask)
@@ -247,6 +252,8 @@ class Trainer:
         state = {"rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        elif self.device.type == "mps":
+            state["mps_rng"] = torch.mps.get_rng_state()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -284,6 +291,8 @@ class Trainer:
         torch.set_rng_state(rng["rng"])
         if "cuda_rng" in rng and self.device.type == "cuda":
             torch.cuda.set_rng_state(rng["cuda_rng"], self.device)
+        if "mps_rng" in rng and self.device.type == "mps":
+            torch.mps.set_rng_state(rng["mps_rng"])
 
 
 @torch.no_grad()

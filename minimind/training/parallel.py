@@ -90,6 +90,11 @@ class Processes:
         Raises:
             ValueError: there is none for it, or ``device`` is one certain GPU.
         """
+        if self.several and device.type == "mps":
+            raise ValueError(
+                f"{self.size} processes cannot share Apple's GPU, whose tensors torch does not "
+                "send between them; use one process, or --device cpu"
+            )
         if not self.several or device.type != "cuda":
             return device
         count = torch.cuda.device_count()

@@ -71,23 +71,33 @@ class Job:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU if torch sees one.
+    """``auto`` is the GPU if torch sees one: by CUDA, or by Apple's MPS.
 
     Raises:
         ValueError: an unknown device, or one that is not there.
     """
+    there = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(next(kind for kind, count in there.items() if count))
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"there are {torch.cuda.device_count()} CUDA GPUs, no {name!r}")
+        device = None
+    if device is None or device.type not in there:
+        raise ValueError(f"device must be auto, cpu, cuda or mps, got {name!r}")
+    if not there[device.type]:
+        seen = " and ".join(kind for kind, count in there.items() if count)
+        kind = "CUDA GPU" if device.type == "cuda" else "Apple GPU (MPS)"
+        raise ValueError(
+            f"device {device.type} was asked for, but torch sees no {kind}, only {seen}; use "
+            "--device cpu"
+        )
+    if (device.index or 0) >= there[device.type]:
+        raise ValueError(f"there are {there[device.type]} {device.type} devices, no {name!r}")
     return device
 
 

@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 
+from lora_kernels import explain, lora_linear
 from lora_kernels.kernels.dropout import draw_keep_mask
 from lora_kernels.linear import reference
 
@@ -94,3 +95,20 @@ def test_the_gradient_of_b_is_contiguous_and_right_for_tall_and_for_few_rows(thr
             assert grads.db.is_contiguous()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_on_any_device_the_plain_path_is_taken_and_stays_there(dropout_p):
+    """On Apple's, say: fake tensors go through every operation but the arithmetic."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.no_grad():
+        shapes = (4, 16), (8, 16), (2, 16), (8, 2), (8,)
+        inputs = [torch.empty(shape, device="mps") for shape in shapes]
+        assert explain(tuple(inputs)).startswith("reference: x is on mps")
+        y = lora_linear(*inputs, scale=0.5, dropout_p=dropout_p, training=True)
+        keep = draw_keep_mask(inputs[0], dropout_p) if dropout_p else None
+        xa = torch.empty(4, 2, device="mps")
+        grads = reference.backward(y, *inputs[:4], xa, 0.5, keep, dropout_p, ALL)
+    assert y.device.type == "mps" and y.shape == (4, 8)
+    assert all(g.device.type == "mps" and g.shape == s for g, s in zip(grads, shapes, strict=True))

@@ -59,7 +59,7 @@ REFUSED = {
     "output a file": (["--out", "data.jsonl"], None, "exists and is not empty"),
     "output under a file": (["--out", "data.jsonl/o"], None, "data.jsonl"),
     "seed": (["--seed", str(2**70)], None, r"seed must be below 2\*\*63"),
-    "device": (["--device", "tpu"], None, "device must be auto, cpu or cuda"),
+    "device": (["--device", "tpu"], None, "device must be auto, cpu, cuda or mps"),
     "dtype": (["--dtype", "int8"], None, "dtype must be auto, float32"),
     "resume nothing": (["--resume", "base"], None, "--resume takes its settings from the run"),
 }  # fmt: skip
