@@ -19,6 +19,7 @@ BACKENDS = ("triton", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEAST_CAPABILITY = (8, 0)
 MOST_RANK = 512
+_PLAIN = (Tensor, nn.Parameter)
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 # What `use_backend` asked for, None outside of it.
@@ -125,13 +126,19 @@ def _device_refusal(device_type: str, index: int | None) -> str:
         return "triton is not installed"
     if torch.version.hip:
         return "this torch is built for ROCm, the kernels are for NVIDIA GPUs"
-    capability = torch.cuda.get_device_capability(index)
+    capability = capability_of(index)
     if capability < LEAST_CAPABILITY:
         return (
             f"the GPU's compute capability is {capability[0]}.{capability[1]}, "
             f"the kernels need {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
         )
     return ""
+
+
+@functools.cache
+def capability_of(index: int | None) -> tuple[int, int]:
+    """The compute capability of a GPU, asked of the driver once."""
+    return torch.cuda.get_device_capability(index)
 
 
 # A tracer takes the answer as it is: the device is a constant, and imports cannot be traced. This
@@ -145,7 +152,7 @@ def _tensor_refusal(tensors: list[Tensor], rank: int | None) -> str:
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             return f"a tensor is {tensor.dtype}, the kernels take float32, float16 and bfloat16"
-        if is_traceable_wrapper_subclass(tensor):
+        if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
             return f"a tensor is a {type(tensor).__name__}, the kernels take plain tensors"
     if rank is not None and rank > MOST_RANK:
         return f"the rank is {rank}, the kernels take up to {MOST_RANK}"

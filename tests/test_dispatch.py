@@ -62,12 +62,14 @@ def test_explain_refuses_what_it_cannot_judge():
 def gpu(monkeypatch):
     def of(capability=(9, 0), hip=None, triton=True):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: capability)
+        dispatch.capability_of.cache_clear()
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(dispatch, "TRITON_INSTALLED", triton)
 
     of()
     with FakeTensorMode():
         yield of
+    dispatch.capability_of.cache_clear()
 
 
 def on_gpu(rank=4, **dtypes):

@@ -6,14 +6,16 @@ slab a program and one small pass that adds them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import cast, launch
+from .launching import Prepared
+from .tiles import cast, ceil_div
 
 # Sixteen slabs at a time, or a program would wait for one load after the other.
 _BLOCK, _SLABS = 256, 16
@@ -83,23 +85,43 @@ def sum_partials_kernel(
         _sum_slabs(partials2_ptr, out2_ptr, slabs2, size2, scale2, later, BLOCK, SLABS)
 
 
-def sum_partials(jobs: list[Partial]) -> None:
-    """Up to three sums in one launch; partials are contiguous float32 ``[slabs, *out.shape]``."""
-    if not jobs:
-        return
-    padded = (jobs + [jobs[0]] * 2)[:3]
-    blocks = [triton.cdiv(job.out.numel(), _BLOCK) for job in jobs]
+class Sum(NamedTuple):
+    """What a plan knows of a `Partial`: the number of slabs, the size of out, the scale."""
+
+    slabs: int
+    size: int
+    scale: float = 1.0
+
+
+def plan_sums(sums: Sequence[Sum]) -> Callable[[Sequence[tuple[Tensor, Tensor]]], None]:
+    """What adds up to three ``(partials, out)`` of these sizes in one launch."""
+    if not sums:
+        return lambda pairs: None
+    blocks = [ceil_div(one.size, _BLOCK) for one in sums]
     arguments: dict[str, object] = {"blocks0": blocks[0], "blocks1": (blocks + [0])[1]}
-    for index, job in enumerate(padded):
-        arguments |= {
-            f"partials{index}_ptr": job.partials,
-            f"out{index}_ptr": job.out,
-            f"slabs{index}": job.partials.shape[0],
-            f"size{index}": job.out.numel(),
-            f"scale{index}": job.scale,
-        }
-    sizes = {"JOBS": len(jobs), "BLOCK": _BLOCK, "SLABS": _SLABS}
-    launch(sum_partials_kernel, sum(blocks), 4, 1, **sizes, **arguments)
+    for index, (slabs, size, scale) in enumerate(_padded(sums)):
+        arguments |= {f"slabs{index}": slabs, f"size{index}": size, f"scale{index}": scale}
+    arguments |= {"JOBS": len(sums), "BLOCK": _BLOCK, "SLABS": _SLABS}
+    launch = Prepared(sum_partials_kernel, sum(blocks), 4, 1, arguments)
+
+    def run(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        (partials0, out0), (partials1, out1), (partials2, out2) = _padded(pairs)
+        launch(partials0, partials1, partials2, out0, out1, out2)
+
+    return run
+
+
+_Any = TypeVar("_Any")
+
+
+def _padded(jobs: Sequence[_Any]) -> list[_Any]:
+    return [*jobs, jobs[0], jobs[0]][:3]
+
+
+def sum_partials(jobs: Sequence[Partial]) -> None:
+    """Up to three sums in one launch; partials are contiguous float32 ``[slabs, *out.shape]``."""
+    sums = [Sum(job.partials.shape[0], job.out.numel(), job.scale) for job in jobs]
+    plan_sums(sums)([(job.partials, job.out) for job in jobs])
 
 
 def slabs_like(count: int, *shape: int, device: torch.device) -> Tensor:
@@ -113,5 +135,5 @@ def chunks(tiles: int, steps: int, sms: int) -> tuple[int, int]:
     About two programs a multiprocessor, and one chunk where the tiles nearly fill it already.
     """
     wanted = 1 if 4 * tiles >= 3 * sms else max(1, 2 * sms // tiles)
-    each = triton.cdiv(steps, max(1, min(wanted, steps)))
-    return max(1, triton.cdiv(steps, each)) if steps else 1, each
+    each = ceil_div(steps, max(1, min(wanted, steps)))
+    return max(1, ceil_div(steps, each)) if steps else 1, each

@@ -5,13 +5,16 @@ One pass over the wide one, split over its rows and summed in order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .partials import Partial, chunks, slabs_like, sum_partials
-from .tiles import block_of, cast, dot, launch, load_keep, load_tile, num_sms, precision, rank_by_8
+from .launching import Layout, Prepared, num_sms
+from .partials import Sum, chunks, plan_sums, slabs_like
+from .tiles import block_of, cast, ceil_div, dot, load_keep, load_tile, precision, rank_by_8
 from .tuning import Config
 
 
@@ -91,9 +94,9 @@ def compute_da(
     Returns:
         da ``[R, K]``.
     """
-    out = torch.empty(dxa.shape[1], x.shape[1], dtype=dtype or x.dtype, device=x.device)
-    scale = 1.0 if keep_bits is None else 1.0 / (1.0 - dropout_p)
-    return _thin_product(dxa, x, keep_bits, scale, out, out.stride(), config)
+    layouts = Layout.of(dxa), Layout.of(x)
+    plan = plan_da(*layouts, keep_bits is not None, dropout_p, dtype or x.dtype, config)
+    return plan(dxa, x, keep_bits)
 
 
 def compute_db(
@@ -111,53 +114,78 @@ def compute_db(
     Returns:
         db ``[N, R]``.
     """
-    out = torch.empty(dy.shape[1], xa.shape[1], dtype=dtype, device=dy.device)
-    return _thin_product(xa, dy, None, scale, out, (1, xa.shape[1]), config)
+    return plan_db(Layout.of(dy), Layout.of(xa), scale, dtype, config)(dy, xa)
 
 
-def _thin_product(
-    thin: Tensor,
-    wide: Tensor,
-    keep_bits: Tensor | None,
+def plan_da(
+    dxa: Layout, x: Layout, dropped: bool, dropout_p: float, dtype: torch.dtype, config: Config
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """`compute_da` for tensors of these layouts; called with dxa, x and the keep bits."""
+    scale = 1.0 / (1.0 - dropout_p) if dropped else 1.0
+    shape = dxa.shape[1], x.shape[1]
+    return _plan_product(dxa, x, dropped, scale, dtype, shape, (shape[1], 1), config)
+
+
+def plan_db(
+    dy: Layout, xa: Layout, scale: float, dtype: torch.dtype, config: Config
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """`compute_db` for tensors of these layouts; called with dy and xa."""
+    shape = dy.shape[1], xa.shape[1]
+    product = _plan_product(xa, dy, False, scale, dtype, shape, (1, shape[1]), config)
+    return lambda dy, xa: product(xa, dy, None)
+
+
+def _plan_product(
+    thin: Layout,
+    wide: Layout,
+    dropped: bool,
     scale: float,
-    out: Tensor,
-    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    strides: tuple[int, int],
     config: Config,
-) -> Tensor:
-    """``scale·thinᵀ·(mask⊙wide)`` into ``out``, whose ``strides`` are those of [R, K]."""
-    (m, k), r = wide.shape, thin.shape[1]
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """``scale·thinᵀ·(mask⊙wide)`` as a tensor of ``shape``, ``strides`` being those of [R, K]."""
+    (m, k), r, device = wide.shape, thin.shape[1], wide.device
     block_r = block_of(r)
-    tiles = triton.cdiv(k, config.block_k) * triton.cdiv(r, block_r)
-    split, steps = chunks(tiles, triton.cdiv(m, config.block_m), num_sms(wide))
-    target = out if split == 1 else slabs_like(split, *out.shape, device=wide.device)
-    launch(
+    tiles = ceil_div(k, config.block_k) * ceil_div(r, block_r)
+    split, steps = chunks(tiles, ceil_div(m, config.block_m), num_sms(wide))
+    launch = Prepared(
         thin_kernel,
         tiles * split,
         config.warps,
         config.stages,
-        thin_ptr=thin,
-        wide_ptr=wide,
-        bits_ptr=keep_bits,
-        out_ptr=target,
-        M=m,
-        K=k,
-        R=r,
-        num_bytes=0 if keep_bits is None else keep_bits.shape[1],
-        scale=scale,
-        stride_thin_m=thin.stride(0),
-        stride_thin_r=thin.stride(1),
-        stride_wide_m=wide.stride(0),
-        stride_wide_k=wide.stride(1),
-        stride_out_r=strides[0],
-        stride_out_k=strides[1],
-        STEPS=steps,
-        HAS_MASK=keep_bits is not None,
-        RANK_BY_8=rank_by_8(thin),
-        PRECISION=precision(wide.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_K=config.block_k,
-        BLOCK_R=block_r,
+        {
+            "M": m,
+            "K": k,
+            "R": r,
+            "num_bytes": ceil_div(k, 8) if dropped else 0,
+            "scale": scale,
+            "stride_thin_m": thin.stride[0],
+            "stride_thin_r": thin.stride[1],
+            "stride_wide_m": wide.stride[0],
+            "stride_wide_k": wide.stride[1],
+            "stride_out_r": strides[0],
+            "stride_out_k": strides[1],
+            "STEPS": steps,
+            "HAS_MASK": dropped,
+            "RANK_BY_8": rank_by_8(thin),
+            "PRECISION": precision(wide.dtype),
+            "BLOCK_M": config.block_m,
+            "BLOCK_K": config.block_k,
+            "BLOCK_R": block_r,
+        },
     )
-    if split > 1:
-        sum_partials([Partial(target, out)])
-    return out
+    add = plan_sums([Sum(split, r * k)])
+
+    def run(thin: Tensor, wide: Tensor, keep_bits: Tensor | None) -> Tensor:
+        out = torch.empty(shape, dtype=dtype, device=device)
+        if split == 1:
+            launch(thin, wide, keep_bits, out)
+        else:
+            slabs = slabs_like(split, *shape, device=device)
+            launch(thin, wide, keep_bits, slabs)
+            add([(slabs, out)])
+        return out
+
+    return run

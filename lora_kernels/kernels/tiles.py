@@ -1,4 +1,4 @@
-"""Device helpers that every kernel shares, and the one way to launch a kernel.
+"""Device helpers that every kernel shares, and the arithmetic of blocks on the host.
 
 Tiles are named by their shape in comments: ``[BM, BN]``. Row offsets are int64 throughout, so that
 tensors of more than 2³¹ elements are addressed right.
@@ -6,15 +6,12 @@ tensors of more than 2³¹ elements are addressed right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
+
+from .launching import Layout
 
 
 @triton.jit
@@ -151,48 +148,6 @@ def rank_tile(
     return acc
 
 
-class Launch(NamedTuple):
-    """One recorded launch: the kernel, its arguments by name, and Triton's options."""
-
-    kernel: Any
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-
-_recorded: list[Launch] | None = None
-_absent_sms = 4  # of a device that is no GPU
-
-
-@contextmanager
-def recording(sms: int = 4) -> Iterator[list[Launch]]:
-    """Collect the launches made inside the ``with`` instead of running them.
-
-    For tools that compile what a launcher would run, on any machine; outputs stay unwritten, and
-    tensors may be on ``meta``.
-
-    Args:
-        sms: multiprocessors of the GPU that tensors off any GPU are taken to be on.
-    """
-    global _recorded, _absent_sms
-    before = _recorded, _absent_sms
-    launches: list[Launch] = []
-    _recorded, _absent_sms = launches, sms
-    try:
-        yield launches
-    finally:
-        _recorded, _absent_sms = before
-
-
-def launch(kernel: Any, programs: int, warps: int, stages: int, **arguments: Any) -> None:
-    """Run ``kernel`` on a grid of ``programs``, with its arguments by name."""
-    # Fused multiply-adds are said outright, because Triton is changing its default.
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, arguments, options))
-        return
-    kernel[(programs,)](**arguments, **options)
-
-
 def precision(dtype: torch.dtype) -> str:
     """``"tf32"`` where torch's own float32 matrix products would use it on CUDA, else ``"ieee"``.
 
@@ -213,22 +168,20 @@ TRITON_DTYPES = {
 }
 
 
+def ceil_div(length: int, block: int) -> int:
+    """How many blocks cover ``length``; `triton.cdiv` takes longer on the host than a launch."""
+    return -(-length // block)
+
+
 def block_of(length: int, least: int = 16, most: int = 64) -> int:
     """The power of two that covers ``length``, within bounds."""
-    return max(least, min(most, triton.next_power_of_2(length)))
+    return max(least, min(most, 1 << (length - 1).bit_length()))
 
 
-def num_sms(x: Tensor) -> int:
-    """Multiprocessors of x's device; off any GPU a small number, or what `recording` says."""
-    if x.device.type != "cuda":
-        return _absent_sms
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
-
-
-def rank_by_8(thin: Tensor) -> bool:
+def rank_by_8(thin: Layout) -> bool:
     """Whether rows of ``[M, R]`` come in whole groups of 8, which Triton does not see by itself.
 
     It knows what 16 divides and no less, and would load each number of rank 8 or 24 alone.
     """
     rank = thin.shape[1]
-    return rank % 8 == 0 and thin.stride(0) % 8 == 0 and thin.stride(1) == 1
+    return rank % 8 == 0 and thin.stride[0] % 8 == 0 and thin.stride[1] == 1

@@ -166,6 +166,11 @@ class _Forced(NamedTuple):
 _forced = _Forced(None, None)
 
 
+def asked() -> tuple[str | None, str | None, int]:
+    """Everything but its arguments that `strategy` and `lookup` go by, to be compared."""
+    return *_forced, id(ROWS)
+
+
 @contextmanager
 def use_strategy(forward: str | None = None, dx: str | None = None) -> Iterator[None]:
     """Force the strategy of the Triton path for every call inside the ``with``, in all threads.

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling, is_exporting
 from ..config import check_dropout
 from ..dispatch import choose, is_named
 from ..kernels.dropout import draw_keep_mask, draw_seed, unpack_bits
-from . import ops, reference  # noqa: F401  ops registers torch.ops.lora_kernels
+from . import ops, reference
 
 
 def lora_linear(
@@ -146,9 +146,10 @@ def _forward(
     seed, from which they make the packed bits. Without dropout it is None.
     """
     if path == "triton":
-        y, xa, bits = torch.ops.lora_kernels.forward(
-            x, weight, lora_a, lora_b, bias, noise, scale, dropout_p
-        )
+        operands = x, weight, lora_a, lora_b, bias, noise
+        seen = is_compiling() or ops.watched(*operands)
+        call = torch.ops.lora_kernels.forward if seen else ops.forward
+        y, xa, bits = call(*operands, scale, dropout_p)
         return y, xa, None if noise is None else bits
     forward = reference.widened_forward if path == _WIDENED else reference.forward
     y, xa = forward(x, weight, lora_a, lora_b, bias, scale, noise, dropout_p)
@@ -199,7 +200,9 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         )
     operands = dy, x, weight, lora_a, lora_b, xa
     grads: tuple[Tensor | None, ...]
-    if path == "triton":
+    if path == "triton" and not (is_compiling() or ops.watched(*operands)):
+        grads = ops.backward(*operands, keep, scale, dropout_p, needs)
+    elif path == "triton":
         found = iter(
             torch.ops.lora_kernels.backward(*operands, keep, scale, dropout_p, list(needs))
         )

@@ -13,10 +13,12 @@ import importlib
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active
 
+from ..dispatch import capability_of
 from . import reference
-from .reference import Needs
+from .reference import Grads, Needs
 
 FORWARD = "lora_kernels::forward"
 BACKWARD = "lora_kernels::backward"
@@ -35,6 +37,27 @@ torch.library.define(
 )
 
 
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(y, xa, keep_bits)`` of 2-D x by the kernels; without a seed the bits are None or empty."""
+    if 0 in weight.shape or not x.shape[0]:
+        y, xa = reference.forward(x, weight, lora_a, lora_b, bias, scale, None, 0.0)
+        return y, xa, _bits_like(x, seed)
+    with _on_device_of(x):
+        found: tuple[Tensor, Tensor, Tensor | None] = _kernels("forward").forward(
+            x, weight, lora_a, lora_b, bias, scale, seed, dropout_p, _capability(x)
+        )
+    return found
+
+
 @torch.library.impl(FORWARD, ("CUDA", "CPU"))
 def _forward(
     x: Tensor,
@@ -46,14 +69,8 @@ def _forward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(y, xa, keep_bits)`` of 2-D x; the bits are empty ``[0, 0]`` without a seed."""
-    if 0 in weight.shape or not x.shape[0]:
-        y, xa = reference.forward(x, weight, lora_a, lora_b, bias, scale, None, 0.0)
-        return y, xa, _bits_like(x, seed)
-    with _on_device_of(x):
-        y, xa, bits = _kernels("forward").forward(
-            x, weight, lora_a, lora_b, bias, scale, seed, dropout_p, _capability(x)
-        )
+    """As `forward`; the bits are empty ``[0, 0]`` without a seed, for an operator gives tensors."""
+    y, xa, bits = forward(x, weight, lora_a, lora_b, bias, seed, scale, dropout_p)
     return y, xa, _bits_like(x, None) if bits is None else bits
 
 
@@ -72,6 +89,38 @@ def _forward_fake(
     return y, x.new_empty(x.shape[0], lora_a.shape[0]), _bits_like(x, seed)
 
 
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    xa: Tensor,
+    keep_bits: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    needs: Needs,
+) -> Grads:
+    """The gradients that ``needs`` asks for, by the kernels."""
+    if 0 in weight.shape or not x.shape[0]:
+        return reference.backward(dy, x, weight, lora_a, lora_b, xa, scale, None, 0.0, needs)
+    with _on_device_of(x):
+        grads: Grads = _kernels("backward").backward(
+            dy,
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            xa,
+            scale,
+            keep_bits,
+            dropout_p,
+            needs,
+            _capability(x),
+        )
+    return grads
+
+
 @torch.library.impl(BACKWARD, ("CUDA", "CPU"))
 def _backward(
     dy: Tensor,
@@ -86,24 +135,8 @@ def _backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Those of dx, dweight, da, db and dbias that ``needs`` asks for, in this order."""
-    wanted = Needs(*needs)
-    if 0 in weight.shape or not x.shape[0]:
-        grads = reference.backward(dy, x, weight, lora_a, lora_b, xa, scale, None, 0.0, wanted)
-    else:
-        with _on_device_of(x):
-            grads = _kernels("backward").backward(
-                dy,
-                x,
-                weight,
-                lora_a,
-                lora_b,
-                xa,
-                scale,
-                keep_bits,
-                dropout_p,
-                wanted,
-                _capability(x),
-            )
+    operands = dy, x, weight, lora_a, lora_b, xa, keep_bits
+    grads = backward(*operands, scale, dropout_p, Needs(*needs))
     return [grad for grad in grads if grad is not None]
 
 
@@ -139,11 +172,29 @@ def _kernels(name: str) -> ModuleType:
 
 def _capability(x: Tensor) -> tuple[int, int]:
     # The interpreter stands in for the GPU with the most kernels.
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+    return capability_of(x.get_device()) if x.is_cuda else (9, 0)
 
 
 def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, which need not be x's."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+    return _HERE
+
+
+_HERE = contextlib.nullcontext()
+_PLAIN = {Tensor, nn.Parameter}
+
+
+def watched(*tensors: Tensor | None) -> bool:
+    """Whether somebody should see the operators, or may take their place.
+
+    Where nobody does, `forward` and `backward` are called themselves: torch's dispatcher takes
+    as long as a product of a small layer.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() > 0  # fakes, tracers, selective checkpointing
+        or _are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+        or any(t is not None and type(t) not in _PLAIN for t in tensors)
+    )

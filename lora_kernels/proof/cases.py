@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import gemm, tuning
+from ..kernels import gemm, hopper, tuning
 from ..kernels.dropout import keep_mask, pack_bits, unpack_bits
+from ..kernels.thin import compute_da
 from ..kernels.tuning import Config, Shape
-from ..linear import backward, forward, reference
+from ..linear import backward, dxa_db, forward, reference, xa
 
 Tensors = dict[str, Tensor]
 
@@ -26,7 +27,7 @@ SCALE = 0.7
 # The products that stand in for forward and, with other operands, for dx.
 PRODUCTS: dict[str, Callable[..., Tensor]] = {
     "gemm": gemm.pointer_gemm,
-    "hopper": gemm.hopper_gemm,
+    "hopper": hopper.hopper_gemm,
     "expand": gemm.expand,
 }
 # The table serves these kernels up to a rank; beyond it another strategy takes over.
@@ -168,21 +169,21 @@ class Case:
             options = {"bias": bias, "scale": SCALE, "keep_bits": bits, "dropout_p": p}
             out = {"dx" if self.dx else "y": launcher(*operands, **options, config=config)}
         elif self.kernel == "xa":
-            xa, drawn = forward.compute_xa(t["x"], t["a"], seed, p, config=config)
-            out = {"xa": xa, "keep": drawn}
+            made, drawn = xa.compute_xa(t["x"], t["a"], seed, p, config=config)
+            out = {"xa": made, "keep": drawn}
         elif self.kernel == "one_kernel":
-            y, xa, drawn = forward.one_kernel(
+            y, made, drawn = forward.one_kernel(
                 t["x"], t["weight"], t["a"], t["b"], bias, SCALE, seed, p, config=config
             )
-            out = {"y": y, "xa": xa, "keep": drawn}
+            out = {"y": y, "xa": made, "keep": drawn}
         elif self.kernel == "dxa_db":
-            dxa, db, dbias = backward.compute_dxa_db(
+            dxa, db, dbias = dxa_db.compute_dxa_db(
                 t["dy"], t["b"], t["xa"], SCALE, need_dbias=self.bias, config=config
             )
             out = {"dxa": dxa, "db": db, "dbias": dbias}
         else:
             dtype = t["a"].dtype
-            out = {"da": backward.compute_da(t["xa"], t["x"], bits, p, dtype=dtype, config=config)}
+            out = {"da": compute_da(t["xa"], t["x"], bits, p, dtype=dtype, config=config)}
         return _without_bits(
             {name: made for name, made in out.items() if made is not None}, self.shape.k
         )

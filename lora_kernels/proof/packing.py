@@ -29,7 +29,7 @@ from triton.runtime import cache, driver
 from triton.runtime.jit import JITFunction
 
 from ..adapters.files import write_atomically
-from ..kernels.tiles import Launch
+from ..kernels.launching import Launch
 from ..kernels.tuning import Shape
 from .cases import Case, LayerCase, products_in
 from .check import ON_GPU, kernel_cases, layer_cases

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import tuning
-from ..kernels.tiles import Launch, recording
+from ..kernels.launching import Launch, recording
 from ..kernels.tuning import Config, Shape
 from .cases import NARROW, PRODUCTS, Case, Tensors, products_in, ranks_of, served
 from .workers import Lost, processors, progress, spread

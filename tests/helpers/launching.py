@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import stub_driver
 import torch
 
-from lora_kernels.kernels import gemm, tuning
-from lora_kernels.kernels.tiles import recording
+from lora_kernels.kernels import hopper, tuning
+from lora_kernels.kernels import launching as way
 from lora_kernels.kernels.tuning import Shape
 from lora_kernels.proof import check
 from lora_kernels.proof.cases import Case, LayerCase, products_in
@@ -104,7 +104,7 @@ def launch(task: Task) -> Launched:
     }
     try:
         with products_in(case.tf32):
-            with recording(sms) as expected:
+            with way.recording(sms) as expected:
                 case.run(absent)
             for _ in range(TIMES):
                 case.run(operands)
@@ -132,12 +132,12 @@ def _changed(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _overlapping() -> Any:
-    real = gemm.TensorDescriptor
+    real = way.TensorDescriptor
 
     def overlapping(tensor: Any, shape: Any, strides: Any, block: Any) -> Any:
         return real(tensor, shape, [shape[1] - 8, strides[1]], block)
 
-    return _changed(gemm, "TensorDescriptor", overlapping)
+    return _changed(way, "TensorDescriptor", overlapping)
 
 
 def _wide_box() -> Any:
@@ -154,20 +154,20 @@ def _wide_box() -> Any:
 ENCODERS = ("fill_tma_descriptor", "fill_tma_descriptor_tiled")
 
 
-def _mistyped(argument: str, value: Any) -> Any:
-    real = gemm.launch
+def _text_for_a_size() -> Any:
+    class Mistyped(way.Prepared):
+        def __init__(self, *first: Any) -> None:
+            *others, arguments, boxes = first
+            super().__init__(*others, arguments | {"M": "1024"}, boxes)
 
-    def mistyped(*first: Any, **others: Any) -> None:
-        real(*first, **others | {argument: value})
-
-    return _changed(gemm, "launch", mistyped)
+    return _changed(hopper, "Prepared", Mistyped)
 
 
 PLANTED = {
     "overlapping stride": _overlapping,
     "box of 257": _wide_box,
-    "text for a size": lambda: _mistyped("M", "1024"),
-    "a tensor for a descriptor": lambda: _mistyped("p_desc", torch.empty(1024, 512)),
+    "text for a size": _text_for_a_size,
+    "a tensor for a descriptor": lambda: _changed(way.Box, "over", lambda box, tensor: tensor),
 }
 
 

@@ -16,7 +16,7 @@ from lora_kernels.kernels.dropout import (
     unpack_bits,
 )
 from lora_kernels.kernels.tuning import Config
-from lora_kernels.linear.forward import compute_xa
+from lora_kernels.linear.xa import compute_xa
 
 # Known answers of Random123 (Salmon et al.) for philox4x32: rounds, seed, counter word, result.
 KNOWN = [

@@ -9,6 +9,8 @@ import pytest
 import torch
 from closeness import assert_close
 from kernel_cases import DEVICES, Case, drawn_mask, make
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import LoRALinear, explain, lora_linear, use_backend
@@ -207,3 +209,48 @@ def test_what_the_kernels_do_not_take_is_refused_by_name(device):
     )
     assert explain(layer).startswith("none:")
     assert explain(copy.deepcopy(layer).float()) == "triton: asked for by use_backend"
+
+
+class Seen(TorchDispatchMode):
+    """Notes the names of operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_who_watches_operators_sees_ours_and_the_same_results(dropout_p, device):
+    inputs, dy = inputs_of(device)
+
+    def call(*tensors):
+        return lora_linear(*tensors, scale=0.7, dropout_p=dropout_p, training=True)
+
+    alone = gradients(call, inputs, dy)
+    with Seen() as seen:
+        watched = gradients(call, inputs, dy)
+    assert {"lora_kernels.forward.default", "lora_kernels.backward.default"} <= set(seen.names)
+    with profile() as profiled:
+        gradients(call, inputs, dy)
+    assert {"lora_kernels::forward", "lora_kernels::backward"} <= {
+        e.name for e in profiled.events()
+    }
+    for one, other in zip(alone, watched, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_where_nobody_watches_the_dispatcher_is_not_asked(device, monkeypatch):
+    inputs, dy = inputs_of(device)
+
+    def never(*_):
+        raise AssertionError("torch's dispatcher was asked")
+
+    monkeypatch.setattr(torch.ops.lora_kernels, "forward", never)
+    monkeypatch.setattr(torch.ops.lora_kernels, "backward", never)
+    gradients(dropped, inputs, dy)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import needs_triton  # noqa: F401 - skips this file without it
@@ -17,27 +15,12 @@ pytestmark = [
     pytest.mark.skipif(bool(stub_driver.missing()), reason=stub_driver.missing()),
 ]
 HELPERS = Path(stub_driver.__file__).parent
-ROOT = HELPERS.parents[1]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Run Python in a process of its own, where Triton compiles; what it printed as JSON."""
-    cache = tmp_path_factory.mktemp("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {
-        "TRITON_CACHE_DIR": str(cache),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(HELPERS)]),
-        "OMP_NUM_THREADS": "1",
-    }
-
-    def run(*arguments):
-        command = [sys.executable, *arguments]
-        ran = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert ran.stdout, ran.stderr[-2000:]
-        return ran.returncode, json.loads(ran.stdout)
-
-    return run
+    return functools.partial(stub_driver.run_python, tmp_path_factory.mktemp("triton"))
 
 
 SCRIPT = str(HELPERS / "launching.py")
