@@ -92,6 +92,13 @@ def is_recording() -> bool:
     return _recording.get() is not None
 
 
+def record(launch: Launch) -> None:
+    """Add a launch to what this thread records."""
+    recorded = _recording.get()
+    assert recorded is not None, "there is no recording"
+    recorded.launches.append(launch)
+
+
 def num_sms(x: Tensor | Layout) -> int:
     """Multiprocessors of x's device; off any GPU a small number, or what `recording` says."""
     if x.device.type != "cuda":
@@ -161,7 +168,7 @@ class Prepared:
         self.kernel, self.programs, self.boxes = kernel, programs, boxes
         names = list(kernel.arg_names)
         count = len(names) - len(arguments)
-        self.names, rest = names[:count], names[count:]
+        rest = names[count:]
         if set(rest) != set(arguments):
             wrong = ", ".join(sorted(set(rest) ^ set(arguments)))
             raise TypeError(f"{kernel.__name__}: missing, or not of its parameters: {wrong}")
@@ -195,11 +202,9 @@ class Prepared:
         first: list[Any] = list(tensors)
         for index, box in enumerate(self.boxes):
             first[index] = box.over(first[index])
-        recorded = _recording.get()
-        if recorded is not None:
-            names = [*self.names, *self.kernel.arg_names[len(self.names) :]]
-            arguments = dict(zip(names, (*first, *self.rest), strict=True))
-            recorded.launches.append(Launch(self.kernel, arguments, self.options))
+        if is_recording():
+            arguments = dict(zip(self.kernel.arg_names, (*first, *self.rest), strict=True))
+            record(Launch(self.kernel, arguments, self.options))
             return
         compiled = self.kernel[(self.programs,)](*first, *self.rest, **self.options)
         if self._direct is None and undisturbed(self.kernel):

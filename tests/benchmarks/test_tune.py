@@ -50,7 +50,7 @@ def stand_in(monkeypatch):
         def launcher(x, lora_a, seed, p, *, config):
             return function(x @ lora_a.t(), config), None
 
-        monkeypatch.setattr("lora_kernels.proof.cases.forward.compute_xa", launcher)
+        monkeypatch.setattr("lora_kernels.proof.cases.xa.compute_xa", launcher)
 
     return put
 

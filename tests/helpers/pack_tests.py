@@ -55,12 +55,11 @@ class Recorded(NamedTuple):
         return {name: _built(value) for name, value in self.arguments}
 
     def run(self, arguments: dict[str, Any]) -> None:
-        """Launch the kernel on them."""
-        from lora_kernels.kernels.tiles import launch
+        """Record the launch on them."""
+        from lora_kernels.kernels.launching import Launch, record
 
-        options = dict(self.options)
         kernel = getattr(importlib.import_module(self.module), self.kernel)
-        launch(kernel, 1, options["num_warps"], options["num_stages"], **arguments)
+        record(Launch(kernel, arguments, dict(self.options)))
 
 
 def _written(value: Any) -> Any:
