@@ -21,9 +21,11 @@ from .turns import TEXT, Conversation, Sample
 # Characters for private use, which stand for no word.
 _MARK, _END = "\ue000", "\ue001"
 _AT_ONCE = 512
+_NESTED = 'some want each as {"type": "function", "function": {"name": …}}'
 _REMEDIES = {
     "reasoning_content": "write the thought into the content as <think>…</think>",
-    "tools": "leave the tools out",
+    "tools": f"leave them out; {_NESTED}",
+    "tool_calls": f"leave them out; {_NESTED}",
 }
 
 
@@ -146,7 +148,7 @@ class Renderer:
                 field, where = missing[0]
                 raise DataError(
                     f"{sample.place}: the tokenizer's chat template leaves out the {field} of "
-                    f"{where}; use a tokenizer whose template writes it, or "
+                    f"{where}; use a tokenizer whose template writes that, or "
                     + _REMEDIES.get(field, "delete it")
                 )
             self._inline[shape] = inline

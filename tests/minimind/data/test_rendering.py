@@ -86,6 +86,10 @@ def test_weight_0_is_written_and_not_learnt():
 LEFT_OUT = {
     "tools": (template(tools=""), [USER, ANSWER], {"tools": TOOLS}, "tools of the conversation"),
     "calls": (template(calls=""), USES, {}, r"tool_calls of turn 2 \(assistant\)"),
+    "calls that are not nested": (
+        template(calls=READS_CALLS.replace("c | tojson", "c.function | tojson if c.function else ''")),
+        USES, {}, r'tool_calls of turn 2 .*; some want each as {"type": "function", "function"',
+    ),
     "calls' arguments": (
         template(calls=READS_CALLS.replace("c | tojson", "c.name")),
         USES, {}, "tool_calls of turn 2",
