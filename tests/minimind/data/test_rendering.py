@@ -87,7 +87,7 @@ LEFT_OUT = {
     "tools": (template(tools=""), [USER, ANSWER], {"tools": TOOLS}, "tools of the conversation"),
     "calls": (template(calls=""), USES, {}, r"tool_calls of turn 2 \(assistant\)"),
     "calls that are not nested": (
-        template(calls=READS_CALLS.replace("c | tojson", "c.function | tojson if c.function else ''")),
+        template(calls=READS_CALLS.replace("c | tojson", "c.function | string")),
         USES, {}, r'tool_calls of turn 2 .*; some want each as {"type": "function", "function"',
     ),
     "calls' arguments": (
