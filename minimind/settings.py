@@ -102,7 +102,13 @@ class Settings:
         None, "layers of a random base (default: 2), or what the base must have"
     )
     use_moe: bool = _option(False, "make a random base a mixture of experts")
-    rank: int = _option(16, "LoRA rank", lora=True)
+    lora: str | None = _option(
+        None,
+        "adapter to go on training, a file or a directory in PEFT's format; its rank, alpha and "
+        "modules are kept (default: a new one)",
+        lora=True,
+    )
+    rank: int | None = _option(None, "LoRA rank (default: 16)", lora=True)
     alpha: float | None = _option(
         None, "LoRA alpha; the branch is scaled by alpha/rank (default: scale 1)", lora=True
     )

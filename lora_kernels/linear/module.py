@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import LayerConfig
+from ..config import LayerConfig, check_dropout
 from .autograd import lora_linear
 from .factors import DEFAULT, DTYPES, LoRA, check_adapter_name, factor_dtype
 from .stacking import stack_adapters
@@ -189,6 +190,17 @@ class LoRALinear(nn.Linear):
         config = self.lora_config
         weight = self._lora_active[names[0]] if self._lora_one else 1.0
         self._lora_scale, self._lora_dropout = config.scale * weight, config.dropout
+
+    def set_dropout(self, dropout: float) -> None:
+        """Change the dropout of the adapters in use: to train on with another.
+
+        Raises:
+            TypeError, ValueError: it is no number in [0, 1).
+        """
+        check_dropout(dropout)
+        for name in self._lora_active:
+            self._lora_configs[name] = replace(self._lora_configs[name], dropout=dropout)
+        self.use_adapters(self._lora_active)
 
     def adapters(self) -> dict[str, LoRA]:
         """Every adapter of the layer by its name, in use or not, in the order they came."""

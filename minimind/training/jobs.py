@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 
-from lora_kernels import __version__, explain, lora_state_dict, save_lora
+from lora_kernels import __version__, explain, lora_layers, lora_state_dict, save_lora
 from lora_kernels.adapters import write_atomically
 
 from ..data.sft import SFTDataset
@@ -184,6 +184,8 @@ def describe(job: Job) -> str:
         tensors = (first.weight, first.weight, first.lora.A.weight, first.lora.B.weight)
         path = explain([t.to_local() for t in tensors] if job.processes.sharded else first)
         lines.insert(3, f"  path        {path}")
+        if settings.lora is not None:
+            lines.insert(4, f"  adapter     {settings.lora}: {_ranks(job)}")
         lines += [f"apply lora on module: {name}" for name in job.adapted]
         lines.append(
             f"parameters: {total:,} in all, {trained:,} of them LoRA ({trained / total:.2%})"
@@ -199,6 +201,12 @@ def _of_form(form: str) -> str:
     """What samples of a form are called, and the form where that does not say it."""
     plain = {"conversations": "conversations", TEXT: "texts"}
     return plain.get(form, f"conversations (read as {form})")
+
+
+def _ranks(job: Job) -> str:
+    layers = lora_layers(job.model).values()
+    ranks = ", ".join(map(str, sorted({layer.rank for layer in layers})))
+    return f"rank {ranks}, scale {', '.join(f'{s:g}' for s in sorted({x.scale for x in layers}))}"
 
 
 def closing(job: Job) -> str:

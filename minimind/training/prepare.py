@@ -7,20 +7,26 @@ import itertools
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_kernels import apply_lora, lora_parameters, lora_state_dict, mark_only_lora_as_trainable
+from lora_kernels import (
+    apply_lora,
+    lora_layers,
+    lora_parameters,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+)
 
 from ..data.forms import read_conversations
 from ..data.reading import DATA_DIRECTORY, find_data, split_name
 from ..data.sft import SFTDataset
 from ..data.tokenizer import load_tokenizer
 from ..data.turns import Sample
-from ..model.checkpoint import load_model
+from ..model.checkpoint import load_adapter, load_model
 from ..model.config import LMConfig
 from ..model.transformer import MiniMindLM
 from ..settings import Settings
@@ -30,6 +36,7 @@ from .parallel import ALONE, Processes
 BASE_DIRECTORY = Path(__file__).parents[1] / "assets" / "base"
 ADAPTER, RESUME, RUN = "adapter.safetensors", "resume.pt", "run.json"
 MOST_HELDOUT = 200
+DEFAULT_RANK = 16
 
 
 class UsageError(Exception):
@@ -199,6 +206,8 @@ def prepare(
                 settings, resumed = _read_resume(Path(resume), lora)
             elif settings.out is not None:
                 unused(settings.out)  # said at once, not after the model has been read
+            if lora and settings.lora is None and settings.rank is None:
+                settings = replace(settings, rank=DEFAULT_RANK)
             device = processes.place(choose_device(settings.device))
             dtype = choose_dtype(settings.dtype, device)
             training = settings.training()
@@ -219,14 +228,7 @@ def prepare(
             torch.manual_seed(settings.seed)
             adapted: list[str] = []
             if lora:
-                adapted = apply_lora(
-                    model,
-                    settings.rank,
-                    alpha=settings.alpha,
-                    dropout=settings.dropout,
-                    target_modules=parse_targets(settings.targets),
-                    verbose=False,
-                )
+                adapted = _adapt(model, settings)
                 mark_only_lora_as_trainable(model)
             if resumed is not None:
                 _take_up_weights(model, resumed["weights"], lora)
@@ -249,6 +251,44 @@ def prepare(
         settings, lora, model, tokenizer, train, heldout, base_heldout, device, dtype, adapted,
         trainer, out, resumed, processes,
     )  # fmt: skip
+
+
+def _adapt(model: MiniMindLM, settings: Settings) -> list[str]:
+    """Put a new adapter on ``model``, or the one that ``--lora`` names; the adapted modules.
+
+    Raises:
+        ValueError, OSError: that adapter cannot be read, does not fit, or is not what other
+            options ask for.
+    """
+    if settings.lora is None:
+        return apply_lora(
+            model,
+            settings.rank,  # type: ignore[arg-type]
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            target_modules=parse_targets(settings.targets),
+            verbose=False,
+        )
+    names = load_adapter(model, settings.lora)
+    layers = lora_layers(model)
+    if settings.targets is not None:
+        raise ValueError(
+            f"--targets {settings.targets} and --lora {settings.lora}, which is on "
+            f"{', '.join(names[:4])}{' and others' if len(names) > 4 else ''}: its modules are "
+            "kept; leave --targets out, or --lora for a new adapter"
+        )
+    for name, layer in layers.items():
+        for option, asked, own in (
+            ("rank", settings.rank, layer.rank),
+            ("alpha", settings.alpha, layer.scale * layer.rank),
+        ):
+            if asked is not None and asked != own:
+                raise ValueError(
+                    f"--{option} {asked:g} does not fit --lora {settings.lora}, which has {own:g} "
+                    f"on {name}; leave --{option} out, or --lora for a new adapter"
+                )
+        layer.set_dropout(settings.dropout)
+    return names
 
 
 def _same_everywhere(processes: Processes, datasets: list[SFTDataset | None]) -> None:

@@ -190,3 +190,18 @@ def test_delta_weight_is_what_the_branch_adds():
     assert delta.dtype == torch.float32
     a, b = layer.lora.A.weight.double(), layer.lora.B.weight.double()
     torch.testing.assert_close(delta.double(), 1.5 * b @ a)
+
+
+def test_dropout_can_be_changed_for_further_training():
+    layer = LoRALinear(8, 8, rank=2, alpha=4, dropout=0.5)
+    layer.set_dropout(0.0)
+    assert layer.dropout == 0.0 and "dropout" not in repr(layer) and layer.scale == 2
+    nn.init.normal_(layer.lora.B.weight)
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(layer.train()(x), layer.eval()(x))
+    layer.set_dropout(0.5)
+    assert layer.lora_config.dropout == 0.5
+    assert not torch.allclose(layer.train()(x), layer.eval()(x))
+    with pytest.raises(ValueError, match="dropout must be in"):
+        layer.set_dropout(1.0)
+    assert layer.dropout == 0.5
