@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_processes import results
+from tiny_sharded import EXACT, FILES, base, data, on_two, sharded
 from torch import nn
 
 from lora_kernels import (
@@ -24,23 +24,6 @@ from lora_kernels import (
     save_lora,
 )
 
-EXACT = {"rtol": 1e-9, "atol": 1e-12}  # float64; sums are only taken in another order
-FILES = ("adapter.safetensors", "adapter.pth", "adapter")
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6, bias=False)
-
-    def forward(self, x):
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-def base():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 6), Block(), Block(), nn.Linear(6, 3), nn.Tanh()).double()
-
 
 def adapted(rank=3):
     """Rank 3 does not divide among two processes; the first and last linear are the root's own."""
@@ -51,20 +34,6 @@ def adapted(rank=3):
         for parameter in lora_parameters(model):
             parameter.copy_(torch.randn_like(parameter))
     return model
-
-
-def sharded(model):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in model[1:3]:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def data():
-    return torch.randn(8, 5, generator=torch.Generator().manual_seed(3)).double()
 
 
 def train(model, rows):
@@ -82,18 +51,6 @@ def trained():
     """What one process makes of all the rows: the model and its adapter."""
     model = train(adapted(), slice(None))
     return model, lora_state_dict(model)
-
-
-def joined(function, *arguments):
-    """Run by each process: ``function(*arguments)`` inside a group."""
-    dist.init_process_group("gloo")
-    answer = function(*arguments)
-    dist.destroy_process_group()
-    return answer
-
-
-def on_two(function, *arguments):
-    return results(joined, function, *arguments)
 
 
 # --- DistributedDataParallel ----------------------------------------------------------------------
