@@ -177,7 +177,7 @@ class LoRALinear(nn.Linear):
             del self.loras[name]
             if not self.loras:
                 del self.loras
-        self.use_adapters({n: w for n, w in self._lora_active.items() if n != name})
+        self.use_adapters(self._lora_active)
 
     def use_adapters(self, weights: Mapping[str, float]) -> None:
         """Compute with these adapters, each times its weight; names the layer lacks are passed

@@ -91,6 +91,15 @@ def test_a_sum_that_overflows_is_refused(weight):
     assert lora_adapters(model) == {"default": 1.0, "fr": weight, "tone": None}
 
 
+def test_a_weight_alone_may_make_the_sum_overflow():
+    model = carrying("default", "fr", model=Model().half())
+    use_lora(model, ["default", "fr"], weights=[1.0, 1e9])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="'blocks.0.q': the sum would hold NaN or infinity"):
+        merge_lora(model)
+    assert_untouched(model, before)
+
+
 def test_two_that_cancel_are_merged_though_each_would_overflow():
     model = carrying("default", "fr", model=Model().half())
     with torch.no_grad():

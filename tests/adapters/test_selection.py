@@ -276,7 +276,9 @@ def test_one_is_taken_out_and_the_others_stay():
     with pytest.raises(ValueError, match="no adapter named 'fr'; it has 'tone'"):
         remove_lora(model, "fr")
     use_lora(model, "tone")
+    layer = model.gate
     assert remove_lora(model, "tone") == ON["tone"]
+    assert layer.adapters_in_use == {"tone": 1.0} and model.gate is not layer
     assert not any("lora" in key for key in model.state_dict())
     assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
 

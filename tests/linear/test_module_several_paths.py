@@ -32,7 +32,8 @@ def summed(layer, x, weights):
     """The definition, branch by branch."""
     y = nn.functional.linear(x, layer.weight, layer.bias)
     for name, weight in weights.items():
-        y = y + weight * layer.lora_configs[name].scale * layer.adapters()[name](x)
+        lora_a, lora_b = (part.weight.to(x.dtype) for part in layer.adapters()[name].children())
+        y = y + weight * layer.lora_configs[name].scale * (x @ lora_a.t() @ lora_b.t())
     return y
 
 
