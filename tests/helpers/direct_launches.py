@@ -14,11 +14,11 @@ import tempfile
 from typing import Any
 
 import launching
-import stub_driver
 import torch
 from triton import knobs
 from triton.backends.nvidia.driver import CudaLauncher
 
+from benchmarks import stub_driver
 from lora_kernels.kernels import launching as way
 from lora_kernels.proof.cases import LayerCase
 

@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import stub_driver
 import torch
 
+from benchmarks import stub_driver
 from lora_kernels.kernels import hopper, tuning
 from lora_kernels.kernels import launching as way
 from lora_kernels.kernels.tuning import Shape

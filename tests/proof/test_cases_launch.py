@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import functools
 import json
-from pathlib import Path
 
 import needs_triton  # noqa: F401 - skips this file without it
 import pytest
-import stub_driver
+import stub_process
+from stub_process import HELPERS
+
+from benchmarks import stub_driver
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(stub_driver.missing()), reason=stub_driver.missing()),
 ]
-HELPERS = Path(stub_driver.__file__).parent
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Run Python in a process of its own, where Triton compiles; what it printed as JSON."""
-    return functools.partial(stub_driver.run_python, tmp_path_factory.mktemp("triton"))
+    return functools.partial(stub_process.run_python, tmp_path_factory.mktemp("triton"))
 
 
 SCRIPT = str(HELPERS / "launching.py")
@@ -94,7 +95,8 @@ MORE_REFUSED = [
 ]
 TAKEN = [{}, {"size": (512, 1 << 32)}, {"stride": ((1 << 40) - 16,)}, {"box": (8, 1)}]
 CALLS = """
-import ctypes, json, pathlib, stub_driver, sys, tempfile
+import ctypes, json, pathlib, sys, tempfile
+from benchmarks import stub_driver
 with tempfile.TemporaryDirectory() as folder:
     stub = ctypes.CDLL(str(stub_driver.build(pathlib.Path(folder))))
 room = ctypes.create_string_buffer(256)
@@ -122,7 +124,8 @@ def test_the_stub_refuses_what_cuda_refuses_of_a_tensor_map(run):
 
 
 LAUNCHES = """
-import json, launching, pathlib, stub_driver, tempfile, torch
+import json, launching, pathlib, tempfile, torch
+from benchmarks import stub_driver
 from lora_kernels.kernels import tuning
 from lora_kernels.proof.cases import Case
 from lora_kernels.proof.resources import launches_of

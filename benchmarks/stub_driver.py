@@ -7,14 +7,12 @@ TRITON_INTERPRET is not set.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any
 
 SOURCE = Path(__file__).with_name("cuda_stub.c")
 
@@ -52,21 +50,6 @@ def build(folder: Path) -> Path:
     if ran.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{ran.stderr}")
     return library
-
-
-def run_python(cache: Path, *arguments: str) -> tuple[int, Any]:
-    """Run Python where Triton compiles, into ``cache``: its exit status, and its output as JSON."""
-    helpers = SOURCE.parent
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {
-        "TRITON_CACHE_DIR": str(cache),
-        "PYTHONPATH": os.pathsep.join([str(helpers.parents[1]), str(helpers)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, *arguments]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert ran.stdout, ran.stderr[-2000:]
-    return ran.returncode, json.loads(ran.stdout)
 
 
 def activate(
