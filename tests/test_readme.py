@@ -18,7 +18,15 @@ from minimind import MiniMindLM, load_tokenizer
 from minimind.cli import build_parser
 
 # A word that each example has and no other, in the order of the README.
-EXAMPLES = ["from_linear", "AdamW", "merged_lora", "LoraConfig", "PeftModel", "load_model"]
+EXAMPLES = [
+    "from_linear",
+    "AdamW",
+    "merged_lora",
+    "use_lora",
+    "LoraConfig",
+    "PeftModel",
+    "load_model",
+]
 
 # PEFT asks transformers by an old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

@@ -121,6 +121,7 @@ CHINESE = "问题,回答\n你叫什么名字？,我叫罗宾。\n"
         ("a.csv", CHINESE.encode("utf-16"), r"line 1: .*it may be UTF-16: save it as UTF-8, or: "),
         ("a.csv.gz", gzip.compress(CHINESE.encode("gbk")), "be GB18030.*: save it as UTF-8$"),
     ],
+    ids=["GBK table", "GBK text", "GBK line", "no text", "cut short", "UTF-16", "GBK in gzip"],
 )  # fmt: skip
 def test_other_encodings_are_named(tmp_path, name, content, message):
     path = tmp_path / name
@@ -131,7 +132,9 @@ def test_other_encodings_are_named(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize(
-    "content", [GOOD, gzip.compress(GOOD)[:-9], gzip.compress(GOOD)[:10] + b"\0\xff" * 20]
+    "content",
+    [GOOD, gzip.compress(GOOD)[:-9], gzip.compress(GOOD)[:10] + b"\0\xff" * 20],
+    ids=["none", "cut short", "damaged"],
 )
 def test_what_is_no_whole_gzip(tmp_path, content):
     path = tmp_path / "a.jsonl.gz"
