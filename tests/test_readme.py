@@ -116,6 +116,19 @@ def test_adapt_train_save_and_use_again(run, capsys):
     torch.testing.assert_close(logits(again), logits(trained), rtol=0, atol=1e-5)
 
 
+def test_several_adapters(run, capsys):
+    run("AdamW")
+    names = run("use_lora")
+    both = names["model"]
+    assert torch.equal(logits(both), logits(model()))
+    torch.nn.init.normal_(both.model.layers[0].mlp.up_proj.loras["tone"].B.weight)
+    names["use_lora"](both, ["robin", "tone"])
+    assert (logits(both) - logits(model())).abs().max() > 1e-3
+    assert all(".lora." in name for name in load_file("tone.safetensors"))
+    trained = {name for name, p in both.named_parameters() if p.requires_grad}
+    assert trained and all(".loras.tone." in name for name in trained)
+
+
 def test_accelerate_a_peft_model(run, capsys):
     adapted = run("LoraConfig")["model"]
     assert capsys.readouterr().out.startswith("accelerate_peft: 4 of 4 adapter layers taken\n")
