@@ -78,9 +78,8 @@ def known_adapters(
     known = lora_adapters(model)
     for name in wanted:
         if name not in known:
-            raise ValueError(
-                f"model has no adapter named {name!r}; it has {', '.join(map(repr, known))}"
-            )
+            has = ", ".join(map(repr, known)) or "none: call apply_lora or load_lora first"
+            raise ValueError(f"model has no adapter named {name!r}; it has {has}")
         if wanted.count(name) > 1:
             raise ValueError(f"{argument} has {name!r} twice; name each adapter once")
     return list(wanted)

@@ -127,8 +127,14 @@ def test_not_inside_the_other_blocks():
         with block(model), pytest.raises(ValueError, match=f"adapter inside {block.__name__}"):
             apply_lora(model, name="de", verbose=False)
         assert torch.equal(model(IDS), before)
-    with pytest.raises(ValueError, match="no LoRALinear; call apply_lora"):
-        use_lora(Model(), None)
+
+
+@pytest.mark.parametrize(
+    "function", [use_lora, lora_parameters, mark_only_lora_as_trainable, remove_lora]
+)
+def test_a_model_without_lora_is_said(function):
+    with pytest.raises(ValueError, match="call apply_lora or load_lora first"):
+        function(Model(), "fr")
 
 
 def test_the_same_name_twice_is_refused_and_another_is_not():

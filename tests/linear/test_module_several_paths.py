@@ -17,11 +17,12 @@ from lora_kernels.linear import module as module_file
 K, N = 40, 24
 
 
-def layer_of(dtype, device, dropouts=(0.0, 0.0, 0.0)):
+def layer_of(dtype, device, dropouts=(0.0, 0.0, 0.0), lora_dtype=None):
     linear = nn.Linear(K, N).to(device, dtype)
-    layer = LoRALinear.from_linear(linear, 4, alpha=6, dropout=dropouts[0])
-    layer.add_adapter("fr", LayerConfig(18, 9.0, dropouts[1], True))
-    layer.add_adapter("tone", LayerConfig(3, dropout=dropouts[2]))
+    wide = {"lora_dtype": lora_dtype}
+    layer = LoRALinear.from_linear(linear, 4, alpha=6, dropout=dropouts[0], **wide)
+    layer.add_adapter("fr", LayerConfig(18, 9.0, dropouts[1], True), **wide)
+    layer.add_adapter("tone", LayerConfig(3, dropout=dropouts[2]), **wide)
     for lora in layer.adapters().values():
         for part in (lora.A, lora.B):
             nn.init.normal_(part.weight, std=0.3)
@@ -45,11 +46,12 @@ def results(y, x, layer):
     return {n: t for n, t in zip(names, (y, *grads), strict=True) if t is not None}
 
 
+@pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("device", "backend"), PATHS)
 @pytest.mark.parametrize("names", [["default", "fr"], ["tone", "fr", "default"], ["fr"]])
-def test_within_the_budget(names, device, backend, dtype):
-    layer = layer_of(dtype, device)
+def test_within_the_budget(names, device, backend, dtype, wide):
+    layer = layer_of(dtype, device, lora_dtype=torch.float32 if wide else dtype)
     weights = dict(zip(names, (0.5, -1.5, 1.0), strict=False))
     layer.use_adapters(weights)
     x = torch.randn(2, 9, K, device=device, dtype=dtype, requires_grad=True)
@@ -57,8 +59,8 @@ def test_within_the_budget(names, device, backend, dtype):
         got = results(layer(x), x, layer)
     expected = results(summed(layer, x, weights), x, layer)
     exact = copy.deepcopy(layer).double()
-    wide = x.detach().double().requires_grad_()
-    truth = results(summed(exact, wide, weights), wide, exact)
+    double = x.detach().double().requires_grad_()
+    truth = results(summed(exact, double, weights), double, exact)
     assert got.keys() == expected.keys() and len(got) == 4 + 2 * len(names)
     for name, value in got.items():
         assert_close(value, expected[name], truth[name], name)
