@@ -5,13 +5,14 @@ peft is imported when `accelerate_peft` is called, not before: the package does 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
 from torch import nn
 
 from ..dispatch import explain
+from .wording import listed
 
 _SHOWN = 3
 
@@ -39,7 +40,7 @@ class PeftReport:
             "layers taken"
         ]
         if self.taken:
-            lines.append(f"  taken: {_shortened(self.taken)}")
+            lines.append(f"  taken: {listed(self.taken, _SHOWN)}")
         if self.path:
             lines.append(f"  path: {self.path}")
         for title, reasons in (
@@ -50,7 +51,7 @@ class PeftReport:
                 lines.append(f"  {title}: {len(reasons)}")
             for reason in dict.fromkeys(reasons.values()):
                 names = [name for name in reasons if reasons[name] == reason]
-                lines.append(f"    {reason}: {_shortened(names)}")
+                lines.append(f"    {reason}: {listed(names, _SHOWN)}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -122,8 +123,3 @@ def _import_peft_layer() -> ModuleType:
             f"accelerate_peft needs peft 0.17 or newer ({error}); pip install --upgrade peft"
         ) from error
     return peft_layer
-
-
-def _shortened(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -18,6 +18,7 @@ from .reading import SUFFIXES, AdapterMismatchError, without_wrappers
 from .sharding import is_sharded
 from .targets import ADAPTABLE, strip_wrappers
 from .wholes import whole_slots
+from .wording import listed
 
 
 class Fit(NamedTuple):
@@ -75,9 +76,9 @@ def fit(
     unexpected = [name for name in pairs if name not in layers]
     problems = []
     if strict and missing:
-        problems.append(f"missing from the file: {_listed(missing)}")
+        problems.append(f"missing from the file: {listed(missing)}")
     if strict and unexpected:
-        problems.append(f"in the file but without LoRA in the model: {_listed(unexpected)}")
+        problems.append(f"in the file but without LoRA in the model: {listed(unexpected)}")
     loaded = [name for name in by_clean_name if name in layers and name in pairs]
     if not loaded and not problems:
         problems.append("the file and the model have no module in common")
@@ -172,8 +173,3 @@ def _clashes(model: nn.Module, names: list[str], adapter: str) -> list[str]:
         for name in whole_slots(model, other)
         if name in names
     ]
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -15,6 +15,7 @@ from .heads import classifier_heads
 from .sharding import whole
 from .targets import strip_wrappers
 from .wholes import Slot, is_inside, names_inside, refusals, slots, whole_slots
+from .wording import listed
 
 
 class WholeFit(NamedTuple):
@@ -63,7 +64,7 @@ def fit_wholes(
             unexpected = [n for n in values if n in found and n not in own]
             if strict and unexpected:
                 problems.append(
-                    f"in the file but not trained whole in the model: {', '.join(unexpected[:8])}; "
+                    f"in the file but not trained whole in the model: {listed(unexpected)}; "
                     "call apply_lora with modules_to_save, or load into the bare base"
                 )
             values = {name: t for name, t in values.items() if name not in unexpected}
@@ -72,7 +73,7 @@ def fit_wholes(
     problems += rows.problems
     values = {name: t for name, t in values.items() if not of_tokens(name)}
     if strict and missing:
-        problems.append(f"missing from the file: {', '.join(missing[:8])}")
+        problems.append(f"missing from the file: {listed(missing)}")
     for name, tensor in values.items():
         problems += _differences(model, found, name, tensor)
     problems += [

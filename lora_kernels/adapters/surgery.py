@@ -14,6 +14,7 @@ from torch import nn
 from ..config import LayerConfig, LoRAConfig
 from ..linear.factors import DEFAULT, check_adapter_name, factor_dtype
 from ..linear.module import MERGED, LoRALinear
+from .bypass import refuse_bypassed
 from .carried import (
     adapters_in_use,
     known_adapters,
@@ -21,6 +22,7 @@ from .carried import (
     refuse_inside_block,
     require_lora,
 )
+from .lookalikes import way_out
 from .sharding import refuse_sharded, reshard
 from .targets import (
     ADAPTABLE,
@@ -72,8 +74,8 @@ def apply_lora(
         model: any module; its linears are adapted wherever they sit.
         rank, alpha, dropout, target_modules, exclude_modules, rank_pattern, alpha_pattern,
             use_rslora, modules_to_save, bias, trainable_token_indices: see `LoRAConfig`.
-        verbose: print ``apply lora on module: <name>`` for each, and ``train module whole: <name>``
-            for those that are trained and saved whole.
+        verbose: print ``apply lora on module: <name>`` for each, ``train module whole: <name>``
+            for those that are trained and saved whole, and what could not be adapted and why.
         config: all of the above but ``verbose`` at once; they must then be left at their defaults.
         name: of the adapter, by which others of the same model are told from it.
         lora_dtype: of A and B; by default each weight's own, or float32 where that has 16 bits.
@@ -82,8 +84,8 @@ def apply_lora(
         The names of the adapted modules, in module order.
 
     Raises:
-        TypeError: a target is not exactly an ``nn.Linear`` with a floating-point weight, or
-            lora_dtype is no floating-point dtype.
+        TypeError: a target is not exactly an ``nn.Linear`` with a floating-point weight, the model
+            reads its weight past the module, or lora_dtype is no floating-point dtype.
         ValueError: a target matches nothing, the model carries an adapter of this name already, a
             weight is tied to another module or sharded, a module to save cannot be trained, or an
             argument is out of range. The model is left as it was.
@@ -110,7 +112,7 @@ def apply_lora(
     check_adapter_name(name)
     factor_dtype(torch.float32, lora_dtype)
     whole_modules = find_whole_modules(model, config)
-    names = find_targets(model, config, whole_modules, name)
+    names, left_out = find_targets(model, config, whole_modules, name)
     wholes = _parameters_to_save(model, config.bias, names, whole_modules)
     if problems := refusals(model, wholes):
         raise ValueError(f"cannot train what modules_to_save or bias asks for: {problems[0]}")
@@ -131,6 +133,8 @@ def apply_lora(
             print(f"train module whole: {module}")
         for module, indices in tokens.items():
             print(f"train tokens of module: {module}, {len(indices)}")
+        for line in left_out:
+            print(line)
     return names
 
 
@@ -177,8 +181,8 @@ def insert_lora(
             )
         if type(module) not in ADAPTABLE:
             raise TypeError(
-                f"target {name!r} is a {type(module).__name__}, not exactly an nn.Linear; "
-                "leave it out, by target_modules or exclude_modules"
+                f"target {name!r} is a {type(module).__name__}: "
+                f"{way_out(module) or 'no linear; leave it out'}"
             )
         refuse_sharded(name, module.weight, "put LoRA into the model first, then fully_shard it")
         if has_tokens(module):
@@ -186,18 +190,13 @@ def insert_lora(
                 f"target {name!r} has single tokens that another adapter trains, which would hide "
                 "LoRA's part of them; leave it out"
             )
-        parent = modules[name.rpartition(".")[0]]
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            raise TypeError(
-                f"target {name!r} is in an nn.TransformerEncoderLayer, whose inference path reads "
-                "the weight past the module and would skip LoRA; leave it out"
-            )
         tied = [other for other in owners.get(id(module.weight), []) if other != name]
         if tied:
             raise ValueError(
                 f"target {name!r} shares its weight with {', '.join(map(repr, tied))}; LoRA on one "
                 "of them would change neither the other nor a merged copy rightly; leave it out"
             )
+    refuse_bypassed(model, layers)
     dtypes = dtypes or {}
     made: dict[int, LoRALinear] = {}
     for name, layer in layers.items():

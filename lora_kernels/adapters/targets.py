@@ -11,7 +11,10 @@ from torch import nn
 from ..config import LoRAConfig, ends_in
 from ..linear.factors import DEFAULT
 from ..linear.module import LoRALinear
+from .bypass import bypassed_linears, said_of_bypassed
 from .heads import classifier_heads, is_head_name
+from .lookalikes import said_of_lookalikes
+from .wording import listed, shortened
 
 # What LoRA goes on: nothing derived from them, which may compute something else.
 ADAPTABLE = (nn.Linear, LoRALinear)
@@ -68,8 +71,9 @@ def find_targets(
     config: LoRAConfig,
     left_out: Sequence[str] = (),
     adapter: str = DEFAULT,
-) -> list[str]:
-    """Names of the modules that ``config`` targets in ``model``, in module order.
+) -> tuple[list[str], list[str]]:
+    """Names of the modules that ``config`` targets in ``model``, in module order, and a line for
+    each kind of linears that could not be among them, if it targets no names.
 
     Modules inside of ``left_out``, which are trained whole, are not among them.
 
@@ -109,9 +113,9 @@ def find_targets(
                         f"the target {suffix!r} is no module: {bare[0]!r} is a parameter by "
                         "itself, as fused experts are; only an nn.Linear can be adapted"
                     )
-                raise ValueError(_no_match(f"the target {suffix!r}", suffix, linears))
+                raise ValueError(_no_match(f"the target {suffix!r}", suffix, modules))
         found = [name for name in modules if any(ends_in_name(name, suffix) for suffix in target)]
-        wish = f"any of {list(target)}"
+        wish = f"any of {listed(target)}"
     refuse_second_application(modules, adapter)
     excluded = config.exclude_modules
     if isinstance(excluded, str):
@@ -120,20 +124,31 @@ def find_targets(
         kept = [n for n in found if not any(ends_in_name(n, suffix) for suffix in excluded or ())]
     whole = [name for name in kept if _is_inside(name, left_out)]
     kept = [name for name in kept if name not in whole]
+    said = []
+    if target is None or target == "all-linear":
+        bypassed = bypassed_linears(model)
+        said = said_of_bypassed({name: bypassed[name] for name in kept if name in bypassed})
+        kept = [name for name in kept if name not in bypassed]
+        if target is not None:
+            said += [f"leave out {line}" for line in said_of_lookalikes(modules)]
     if not kept:
         if whole:
             raise ValueError(
                 f"all of the modules targeted are trained whole, as {whole[0]!r} is; target others "
                 "too, or leave it out of modules_to_save (a classifier's head by an empty list)"
             )
+        if found and said:
+            raise ValueError(shortened("\n  ".join(["no module is left to adapt:", *said])))
         if found:
             raise ValueError(f"exclude_modules leaves none of the {len(found)} modules targeted")
-        raise ValueError(_no_match(wish, target if isinstance(target, str) else "", linears))
+        raise ValueError(_no_match(wish, target if isinstance(target, str) else "", modules))
     for argument in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, argument):
             if not any(ends_in(key, strip_wrappers(name)) for name in kept):
-                raise ValueError(f"{argument} has {key!r}, which matches no adapted module: {kept}")
-    return kept
+                raise ValueError(
+                    f"{argument} has {key!r}, which matches no adapted module: {listed(kept)}"
+                )
+    return kept, said
 
 
 def refuse_second_application(modules: Mapping[str, nn.Module], adapter: str = DEFAULT) -> None:
@@ -167,8 +182,10 @@ def _has_parameters(module: nn.Module) -> bool:
     return any(True for _ in module.parameters())
 
 
-def _no_match(wish: str, word: str, linears: Mapping[str, nn.Module]) -> str:
-    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in linears if name))
+def _no_match(wish: str, word: str, modules: Mapping[str, nn.Module]) -> str:
+    names = [name for name, module in modules.items() if type(module) in ADAPTABLE and name]
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     close = difflib.get_close_matches(word.rpartition(".")[2], endings, n=3, cutoff=0.5)
-    hint = f"did you mean {close}?" if close else f"its linears end in {endings[:20]}"
-    return f"no module of the model matches {wish}; {hint if endings else 'it has no linears'}"
+    hint = f"did you mean {close}?" if close else f"its linears end in {listed(endings, 20)}"
+    first = f"no module of the model matches {wish}; {hint if endings else 'it has no nn.Linear'}"
+    return shortened("\n  it has ".join([first, *said_of_lookalikes(modules)]))

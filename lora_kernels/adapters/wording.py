@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _LINES, _CHARACTERS, _WIDTH = 29, 1900, 500
 
 
@@ -21,3 +23,9 @@ def shortened(message: str) -> str:
         kept += 1
     more = len(lines) - kept
     return "\n".join([*lines[:kept], *([f"  and {more} more"] if more else [])])
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The names, or the first ``most`` of them and how many more there are."""
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
