@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..linear.module import ACTIVE, MERGED, LoRALinear
 from .carried import lora_layers, require_lora
+from .sharding import refuse_emptied
 from .surgery import parameter_owners, refuse_root, refuse_sharded_layers, replace_modules
-from .tokens import fold_tokens
+from .tokens import fold_tokens, has_tokens
 from .wholes import keep_wholes
 
 
@@ -28,7 +29,7 @@ def merge_lora(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the model carries no LoRA or has none in use, is inside `merged_lora` or
             `disable_lora`, a merged weight would not be finite in its dtype, or a weight is tied,
-            sharded or on the meta device. Nothing is changed then.
+            sharded, emptied (DeepSpeed's ZeRO-3) or on the meta device. Nothing is changed then.
     """
     layers = _mergeable(model)
     refuse_root(model)
@@ -84,6 +85,13 @@ def _mergeable(model: nn.Module) -> dict[str, LoRALinear]:
         raise ValueError(
             "cannot merge: no adapter is in use; call use_lora with the names of those to merge"
         )
+    touched = {
+        name: parameter
+        for prefix, module in model.named_modules()
+        if isinstance(module, LoRALinear) or has_tokens(module)
+        for name, parameter in module.named_parameters(prefix)
+    }
+    refuse_emptied(touched, "model.parameters()")
     owners = parameter_owners(model)
     for name, layer in layers.items():
         if layer._lora_state != ACTIVE:

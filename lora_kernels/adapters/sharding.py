@@ -1,6 +1,9 @@
-"""Adapters of a model that FSDP2's ``fully_shard`` has spread over processes.
+"""Adapters of a model that is spread over processes.
 
-Sharded parameters are DTensors: gathered to be saved, cut to be loaded. After a forward FSDP may
+By FSDP2's ``fully_shard`` it may be saved and loaded as it stands. DeepSpeed's ZeRO-3 empties every
+parameter between its uses, and FSDP1 makes one flat parameter of many: there it is said what to do.
+
+FSDP2's parameters are DTensors: gathered to be saved, cut to be loaded. After a forward it may
 leave a module's parameters gathered, as plain tensors that it throws away later: what reads or
 writes parameters calls `reshard` first. torch's modules are looked up, not imported: importing
 them takes half a second, and where nobody has, no model is sharded.
@@ -9,7 +12,7 @@ them takes half a second, and where nobody has, no model is sharded.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -54,6 +57,27 @@ def is_writer(tensors: Iterable[Tensor]) -> bool:
     """
     mesh = next((t.device_mesh for t in tensors if is_sharded(t)), None)  # type: ignore[attr-defined]
     return mesh is None or not any(mesh.get_coordinate() or ())
+
+
+def is_emptied(tensor: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds the values of a parameter elsewhere."""
+    shape = getattr(tensor, "ds_shape", None)
+    return shape is not None and tuple(tensor.shape) != tuple(shape)
+
+
+def gathering(parameters: str) -> str:
+    """What to do where `is_emptied`, with the parameters as one may write them."""
+    return (
+        f"do this inside `with deepspeed.zero.GatheredParameters({parameters}, modifier_rank=0):`, "
+        "which every process must enter"
+    )
+
+
+def refuse_emptied(named: Mapping[str, Tensor], parameters: str) -> None:
+    """Raise ValueError where one of these is emptied; ``parameters`` as for `gathering`."""
+    for name, tensor in named.items():
+        if is_emptied(tensor):
+            raise ValueError(f"{name!r} is emptied by DeepSpeed's ZeRO-3; {gathering(parameters)}")
 
 
 def refuse_flattened(name: str, weight: Tensor) -> None:

@@ -41,7 +41,7 @@ from .reading import (
     without_wrappers,
 )
 from .renaming import with_todays_names
-from .sharding import cut_like, is_writer, refuse_flattened, reshard, whole
+from .sharding import cut_like, is_writer, refuse_emptied, refuse_flattened, reshard, whole
 from .surgery import insert_lora
 from .tokens import insert_tokens
 from .wholes import insert_wholes, use_wholes, whole_slots, whole_tensors
@@ -59,10 +59,11 @@ def lora_state_dict(model: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:
         name: of the adapter, which is no part of the keys.
 
     Raises:
-        ValueError: the model carries no LoRA or none of this name, or FSDP1 has flattened it.
+        ValueError: the model carries no LoRA or none of this name, or FSDP1 has flattened it,
+            or DeepSpeed's ZeRO-3 has emptied it.
     """
     layers = without_wrappers(require_parts(model, name, "lora_state_dict"))
-    tensors = {**_factors(model, layers), **whole_tensors(model, name)}
+    tensors = {**_factors(model, layers), **_wholes(model, name)}
     return {key: whole(tensor.detach()) for key, tensor in tensors.items()}
 
 
@@ -93,19 +94,18 @@ def save_lora(
 
     Raises:
         ValueError: another suffix, the model carries no LoRA or none of this name, FSDP1 has
-            flattened it, or PEFT's format cannot hold it: dropout or rsLoRA differ between modules,
-            or the model itself is the LoRALinear.
+            flattened it, ZeRO-3 has emptied it, or PEFT's format cannot hold it: dropout or rsLoRA
+            differ between modules, or the model itself is the LoRALinear.
     """
     path = Path(path)
     kind = kind_of(path)
     layers = without_wrappers(require_parts(model, name, "save_lora"))
-    factors = _factors(model, layers)
+    factors, wholes = _factors(model, layers), _wholes(model, name)
     if kind == "directory":
         write_directory(path, model, layers, name, fold_scale)
         return
     if fold_scale:
         raise ValueError(f"fold_scale is for a directory in PEFT's format, got {str(path)!r}")
-    wholes = whole_tensors(model, name)
     frozen = [key for key, slot in whole_slots(model, name).items() if slot.is_frozen(name)]
     if kind == "torch" and frozen:
         raise ValueError(
@@ -174,15 +174,17 @@ def load_lora(
         AdapterMismatchError: what is missing, unexpected, mis-shaped or not finite, by name; or
             what PEFT's config asks for that is not plain LoRA.
         TypeError: lora_dtype is none of these.
-        ValueError: another suffix, FSDP1 has flattened the model, an adapter cannot be called so,
-            or one would have to be put in inside `disable_lora` or `merged_lora`.
+        ValueError: another suffix, FSDP1 has flattened the model, ZeRO-3 has emptied it, an
+            adapter cannot be called so, or one would have to be put in inside `disable_lora` or
+            `merged_lora`.
     """
     path = Path(path)
     check_adapter_name(name)
     if lora_dtype != "file":
         factor_dtype(torch.float32, lora_dtype)  # type: ignore[arg-type]
     content = with_todays_names(model, read_content(path, name))
-    _factors(model, without_wrappers(parts(model, name)))  # refuses what FSDP1 has flattened
+    _factors(model, without_wrappers(parts(model, name)))  # refuses what cannot be written to
+    _wholes(model, name)
     loaded, inserted, dtypes, wholes = fit(model, path, content, strict, name, lora_dtype)
     if inserted or wholes.inserted or wholes.tokens:
         refuse_inside_block(model, "load_lora of a new adapter")
@@ -222,11 +224,19 @@ def load_lora(
 
 
 def _factors(model: nn.Module, layers: Mapping[str, Part]) -> dict[str, Tensor]:
-    """A and B of each layer by their keys, sharded where the model is; refuses FSDP1's."""
+    """A and B of each layer by their keys, sharded where it is so; refuses FSDP1's and ZeRO-3's."""
     reshard(model)
     factors = {}
     for name, layer in layers.items():
         for factor, suffix in SUFFIXES.items():
             factors[name + suffix] = weight = getattr(layer.lora, factor).weight
+            refuse_emptied({name + suffix: weight}, "lora_parameters(model)")
             refuse_flattened(name, weight)
     return factors
+
+
+def _wholes(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """`whole_tensors`; refuses ZeRO-3's."""
+    wholes = whole_tensors(model, name)
+    refuse_emptied(wholes, "lora_parameters(model)")
+    return wholes

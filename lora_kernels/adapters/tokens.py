@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig
 from ..linear.factors import DEFAULT
-from .sharding import is_sharded, whole
+from .sharding import gathering, is_emptied, is_sharded, whole
 from .targets import ends_in_name, strip_wrappers
 from .wholes import insert_wholes, is_whole, slots, whole_tensors
 
@@ -101,8 +101,11 @@ def token_refusals(model: nn.Module, tokens: Mapping[str, Any]) -> list[str]:
         if module is None or not isinstance(weight, nn.Parameter) or not _is_simple(module):
             kind = "no module" if module is None else f"a {type(module).__name__}"
             problems.append(f"tokens of {name!r}: it is {kind}, not an nn.Embedding or a head")
+        elif is_emptied(weight):
+            way = gathering("model.parameters()")
+            problems.append(f"tokens of {name!r}: its weight is emptied by ZeRO-3; {way}")
         elif weight.is_meta or is_sharded(weight) or not weight.numel():
-            problems.append(f"tokens of {name!r}: its weight is sharded, emptied or without memory")
+            problems.append(f"tokens of {name!r}: its weight is sharded or without memory")
         elif not numbers or len(set(numbers)) < len(numbers):
             problems.append(f"tokens of {name!r}: expected different indices, got {numbers[:8]}")
         elif min(numbers) < 0 or max(numbers) >= len(weight):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..linear.factors import DEFAULT, LoRA
 from ..linear.module import DTYPES
-from .sharding import is_sharded, reshard
+from .sharding import gathering, is_emptied, is_sharded, reshard
 from .targets import strip_wrappers
 
 _ASIDE = "_lora_aside"
@@ -166,8 +166,10 @@ def refusals(model: nn.Module, names: Iterable[str]) -> list[str]:
             problems.append(f"{name!r} is sharded already; do this before fully_shard")
         elif value.is_meta:
             problems.append(f"{name!r} is on the meta device; give the model memory first")
-        elif hasattr(value, "ds_id") or (value.numel() == 0 and parameter):
-            problems.append(f"{name!r} has been emptied (by ZeRO-3, say); do this before it")
+        elif is_emptied(value):
+            problems.append(f"{name!r} is emptied by ZeRO-3; {gathering('model.parameters()')}")
+        elif value.numel() == 0 and parameter:
+            problems.append(f"{name!r} has been emptied; do this before it")
         elif parameter and (value.dtype not in DTYPES or type(value.data) is not Tensor):
             problems.append(f"{name!r} is {type(value.data).__name__} of {value.dtype}, quantised")
         else:
