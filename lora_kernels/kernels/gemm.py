@@ -78,6 +78,7 @@ def pointer_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    LOOPED: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
@@ -105,6 +106,7 @@ def pointer_gemm_kernel(
         BLOCK_M,
         BLOCK_N,
         BLOCK_R,
+        LOOPED,
     )
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -233,13 +235,15 @@ def plan_pointer_gemm(
             "BLOCK_K": config.block_k,
             "GROUP": config.group,
         }
+    masked = p is not None and keep_bits is not None
     launch = Prepared(
         pointer_gemm_kernel,
         ceil_div(m, config.block_m) * ceil_div(n, config.block_n),
         config.warps,
         config.stages,
         {
-            **rank_arguments(u, v, bias, keep_bits, scale, dropout_p),
+            # Product, mask and no loop take registers for which one program an SM has to go.
+            **rank_arguments(u, v, bias, keep_bits, scale, dropout_p, looped=masked),
             **product,
             "M": m,
             "N": n,
@@ -287,8 +291,10 @@ def rank_arguments(
     scale: float,
     dropout_p: float,
     most: int = 64,
+    looped: bool = False,
 ) -> dict[str, object]:
-    """What `rank_tile` is told; ``most`` bounds its tile of the rank."""
+    """What `rank_tile` is told; ``most`` bounds its tile of the rank, ``looped`` see there."""
+    block_r = block_of(u.shape[1], most=most)
     return {
         "R": u.shape[1],
         "num_bytes": 0 if keep_bits is None else keep_bits.shape[1],
@@ -301,5 +307,6 @@ def rank_arguments(
         "DTYPE": TRITON_DTYPES[u.dtype],
         "HAS_BIAS": bias is not None,
         "HAS_MASK": keep_bits is not None,
-        "BLOCK_R": block_of(u.shape[1], most=most),
+        "BLOCK_R": block_r,
+        "LOOPED": looped or u.shape[1] > block_r,
     }

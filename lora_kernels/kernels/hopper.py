@@ -41,6 +41,7 @@ def hopper_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    LOOPED: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -70,6 +71,7 @@ def hopper_gemm_kernel(
             BLOCK_M,
             BLOCK_N,
             BLOCK_R,
+            LOOPED,
         )
         row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
         for step in range(tl.cdiv(K, BLOCK_K)):
@@ -162,8 +164,9 @@ def plan_hopper_gemm(
         config.warps,
         config.stages,
         {
-            # A rank tile of 64 in float32 does not fit beside the wide tiles.
-            **rank_arguments(u, v, bias, keep_bits, scale, dropout_p, most=32),
+            # Beside the wide tiles a rank tile of 64 in float32 does not fit; and none that has its
+            # own buffers, where two programs share an SM.
+            **rank_arguments(u, v, bias, keep_bits, scale, dropout_p, 32, config.per_sm > 1),
             "M": m,
             "N": n,
             "K": k,

@@ -128,15 +128,26 @@ def rank_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    LOOPED: tl.constexpr,
 ):
-    """One tile of ``scale·mask⊙(u·v) + bias``, ``[BM, BN]`` in float32; v is rounded to DTYPE."""
+    """One tile of ``scale·mask⊙(u·v) + bias``, ``[BM, BN]`` in float32; v is rounded to DTYPE.
+
+    LOOPED, for ranks beyond BLOCK_R, makes a pipeline of its own, whose buffers are those of the
+    loop over K: less shared memory, but that loop loads nothing before this one ends.
+    """
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, R, BLOCK_R):
-        ranks = start + tl.arange(0, BLOCK_R)
-        u = load_tile(u_ptr, rows, ranks, stride_um, stride_ur, M, R)  # [BM, BR]
-        v = load_tile(v_ptr, ranks, cols, stride_vr, stride_vn, R, N)  # [BR, BN]
+    if LOOPED:
+        for start in range(0, R, BLOCK_R):
+            ranks = start + tl.arange(0, BLOCK_R)
+            u = load_tile(u_ptr, rows, ranks, stride_um, stride_ur, M, R)  # [BM, BR]
+            v = load_tile(v_ptr, ranks, cols, stride_vr, stride_vn, R, N)  # [BR, BN]
+            acc = dot(u, cast(v, DTYPE), acc, PRECISION)
+    else:
+        ranks = tl.arange(0, BLOCK_R)
+        u = load_tile(u_ptr, rows, ranks, stride_um, stride_ur, M, R)
+        v = load_tile(v_ptr, ranks, cols, stride_vr, stride_vn, R, N)
         acc = dot(u, cast(v, DTYPE), acc, PRECISION)
     acc *= scale
     if HAS_MASK:
