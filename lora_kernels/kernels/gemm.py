@@ -5,7 +5,7 @@
 
 The rank part comes first, while the accumulator is still empty: scale, mask and bias concern it
 alone, so one accumulator serves both products and the loop over K then runs on top of it. Taken
-last, it would need a second accumulator, and the scale would have to be rounded into u or v.
+last, it needs a second accumulator or a scale that rounds nothing in u, which `hopper` looks for.
 
 `pointer_gemm` takes any strides and runs on sm_80 and up. Its sister in `hopper` reads through TMA
 descriptors and is persistent. `expand` is the rank part alone, for a product that is added onto it.

@@ -1,6 +1,13 @@
-"""The product of `gemm` for Hopper: operands through TMA descriptors, and persistent programs."""
+"""The product of `gemm` for Hopper: operands through TMA descriptors, and persistent programs.
+
+What comes first in a tile holds up the loads that the loop over K begins with. So the rank part
+comes last here where it can: unmasked, no wider than its tile, and with a scale that changes no
+digit of u, so that one accumulator still serves both. Its operands are asked for before the loop.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -9,7 +16,7 @@ from torch import Tensor
 
 from .gemm import Product, rank_arguments
 from .launching import Box, Layout, Prepared, layout_of, num_sms
-from .tiles import cast, ceil_div, dot, grouped_tile, rank_tile
+from .tiles import cast, ceil_div, dot, grouped_tile, load_tile, rank_tile
 from .tuning import Config
 
 
@@ -42,37 +49,46 @@ def hopper_gemm_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     LOOPED: tl.constexpr,
+    RANK_LAST: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         pid_m, pid_n = grouped_tile(tile, tiles_m, tiles_n, GROUP)
-        acc = rank_tile(
-            u_ptr,
-            v_ptr,
-            bias_ptr,
-            bits_ptr,
-            pid_m,
-            pid_n,
-            M,
-            N,
-            R,
-            num_bytes,
-            scale,
-            stride_um,
-            stride_ur,
-            stride_vr,
-            stride_vn,
-            stride_bias,
-            DTYPE,
-            HAS_BIAS,
-            HAS_MASK,
-            "ieee",
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_R,
-            LOOPED,
-        )
+        if RANK_LAST:
+            rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+            cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            ranks = tl.arange(0, BLOCK_R)
+            u = load_tile(u_ptr, rows, ranks, stride_um, stride_ur, M, R)
+            v = load_tile(v_ptr, ranks, cols, stride_vr, stride_vn, R, N)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        else:
+            acc = rank_tile(
+                u_ptr,
+                v_ptr,
+                bias_ptr,
+                bits_ptr,
+                pid_m,
+                pid_n,
+                M,
+                N,
+                R,
+                num_bytes,
+                scale,
+                stride_um,
+                stride_ur,
+                stride_vr,
+                stride_vn,
+                stride_bias,
+                DTYPE,
+                HAS_BIAS,
+                HAS_MASK,
+                "ieee",
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_R,
+                LOOPED,
+            )
         row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
         for step in range(tl.cdiv(K, BLOCK_K)):
             p = p_desc.load([row, step * BLOCK_K])  # [BM, BK]
@@ -81,6 +97,11 @@ def hopper_gemm_kernel(
             else:
                 q = q_desc.load([step * BLOCK_K, col])
             acc = dot(p, q, acc, "ieee")
+        if RANK_LAST:
+            acc = dot(cast(u.to(tl.float32) * scale, DTYPE), cast(v, DTYPE), acc, "ieee")
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + cols * stride_bias, mask=cols < N, other=0.0)
+                acc += bias.to(tl.float32)[None, :]
         # In two halves, so that the copy on its way out takes half the shared memory.
         halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
@@ -158,18 +179,22 @@ def plan_hopper_gemm(
         Box((m, n), n, (block_m, block_n // 2)),
     )
     tiles = ceil_div(m, block_m) * ceil_div(n, block_n)
+    # Beside the wide tiles a rank tile of 64 in float32 does not fit; and none that has its own
+    # buffers, where two programs share an SM.
+    looped = config.per_sm > 1
+    rank = rank_arguments(u, v, bias, keep_bits, scale, dropout_p, 32, looped)
+    last = keep_bits is None and not rank["LOOPED"] and _scales_exactly(scale, dtype)
     launch = Prepared(
         hopper_gemm_kernel,
         min(num_sms(p) * config.per_sm, tiles),
         config.warps,
         config.stages,
         {
-            # Beside the wide tiles a rank tile of 64 in float32 does not fit; and none that has its
-            # own buffers, where two programs share an SM.
-            **rank_arguments(u, v, bias, keep_bits, scale, dropout_p, 32, config.per_sm > 1),
+            **rank,
             "M": m,
             "N": n,
             "K": k,
+            "RANK_LAST": last,
             "Q_IS_NK": q_is_nk,
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
@@ -192,3 +217,8 @@ def plan_hopper_gemm(
         return out
 
     return run
+
+
+def _scales_exactly(scale: float, dtype: torch.dtype) -> bool:
+    """Whether ``scale`` times what is in dtype is in dtype; bfloat16 has float32's range."""
+    return scale == 1.0 or (dtype == torch.bfloat16 and abs(math.frexp(scale)[0]) == 0.5)

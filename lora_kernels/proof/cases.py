@@ -23,7 +23,8 @@ from ..linear import backward, dxa_db, forward, reference, xa
 
 Tensors = dict[str, Tensor]
 
-SCALE = 0.7
+# One that rounds what it is multiplied with, and one that does not: a kernel may tell them apart.
+SCALE, EXACT_SCALE = 0.7, 0.5
 # The products that stand in for forward and, with other operands, for dx.
 PRODUCTS: dict[str, Callable[..., Tensor]] = {
     "gemm": gemm.pointer_gemm,
@@ -92,6 +93,7 @@ class Case:
         bias: with a bias, or for ``dxa_db`` with its gradient.
         wide: with A and B in float32.
         tf32: float32 products in TF32.
+        scale: factor on the LoRA branch.
     """
 
     kernel: str
@@ -103,6 +105,7 @@ class Case:
     dropout_p: float = 0.0
     wide: bool = False
     tf32: bool = False
+    scale: float = SCALE
 
     @property
     def name(self) -> str:
@@ -127,6 +130,7 @@ class Case:
     def variant(self) -> str:
         """What else was asked for, in a few words."""
         words = {"bias": self.bias, "dropout": self.dropout_p > 0, "fp32 A,B": self.wide}
+        words[f"scale {self.scale}"] = self.scale != SCALE
         return ", ".join([f"rank {self.shape.r}", *(word for word, on in words.items() if on)])
 
     def operands(self, device: torch.device) -> Tensors:
@@ -166,19 +170,19 @@ class Case:
         if self.kernel in PRODUCTS:
             operands = [t["u"], t["v"]] if self.kernel == "expand" else [t[i] for i in "pquv"]
             launcher = PRODUCTS[self.kernel]
-            options = {"bias": bias, "scale": SCALE, "keep_bits": bits, "dropout_p": p}
+            options = {"bias": bias, "scale": self.scale, "keep_bits": bits, "dropout_p": p}
             out = {"dx" if self.dx else "y": launcher(*operands, **options, config=config)}
         elif self.kernel == "xa":
             made, drawn = xa.compute_xa(t["x"], t["a"], seed, p, config=config)
             out = {"xa": made, "keep": drawn}
         elif self.kernel == "one_kernel":
             y, made, drawn = forward.one_kernel(
-                t["x"], t["weight"], t["a"], t["b"], bias, SCALE, seed, p, config=config
+                t["x"], t["weight"], t["a"], t["b"], bias, self.scale, seed, p, config=config
             )
             out = {"y": y, "xa": made, "keep": drawn}
         elif self.kernel == "dxa_db":
             dxa, db, dbias = dxa_db.compute_dxa_db(
-                t["dy"], t["b"], t["xa"], SCALE, need_dbias=self.bias, config=config
+                t["dy"], t["b"], t["xa"], self.scale, need_dbias=self.bias, config=config
             )
             out = {"dxa": dxa, "db": db, "dbias": dbias}
         else:
@@ -196,9 +200,9 @@ class Case:
             out = torch.zeros_like(u @ v) if self.kernel == "expand" else t["p"] @ t["q"]
             out = out if bias is None else out.add_(bias)
             if keep is None:
-                out.addmm_(u, v, alpha=SCALE)
+                out.addmm_(u, v, alpha=self.scale)
             else:
-                out.add_(_dropped((u @ v).mul_(SCALE), keep, p))
+                out.add_(_dropped((u @ v).mul_(self.scale), keep, p))
             return {"dx" if self.dx else "y": out}
         if self.kernel in ("xa", "one_kernel"):
             x, a = t["x"], t["a"]
@@ -206,13 +210,13 @@ class Case:
             if self.kernel == "xa":
                 dropped = x if keep is None else _dropped(x, keep, p)
                 return {"xa": dropped @ a.to(x.dtype).t(), **masked}
-            y, xa = reference.forward(x, t["weight"], a, t["b"], bias, SCALE, keep, p)
+            y, xa = reference.forward(x, t["weight"], a, t["b"], bias, self.scale, keep, p)
             return {"y": y, "xa": xa, **masked}
         if self.kernel == "dxa_db":
             needs = reference.Needs(False, False, False, True, self.bias)
             operands = t["dy"], t["x"], t["weight"], t["a"], t["b"], t["xa"]
-            grads = reference.backward(*operands, SCALE, None, 0.0, needs)
-            dxa = (t["dy"] @ t["b"].to(t["dy"].dtype)).mul_(SCALE)
+            grads = reference.backward(*operands, self.scale, None, 0.0, needs)
+            dxa = (t["dy"] @ t["b"].to(t["dy"].dtype)).mul_(self.scale)
             found = {"dxa": dxa, "db": grads.db, "dbias": grads.dbias}
             return {name: grad for name, grad in found.items() if grad is not None}
         dropped = t["x"] if keep is None else _dropped(t["x"], keep, p)
@@ -232,6 +236,7 @@ class LayerCase:
     dropout_p: float = 0.0
     wide: bool = False
     tf32: bool = False
+    scale: float = SCALE
 
     block = "whole layer"
     dtype_name = Case.dtype_name
@@ -281,9 +286,11 @@ class LayerCase:
         operands = t["x"], t["weight"], t["a"], t["b"]
         p, seed, needs = self.dropout_p, t.get("seed"), self._needs()
         with tuning.use_strategy(self.forward, self.dx):
-            y, xa, bits = forward.forward(*operands, t.get("bias"), SCALE, seed, p, self.capability)
+            y, xa, bits = forward.forward(
+                *operands, t.get("bias"), self.scale, seed, p, self.capability
+            )
             grads = backward.backward(
-                t["dy"], *operands, xa, SCALE, bits, p, needs, self.capability
+                t["dy"], *operands, xa, self.scale, bits, p, needs, self.capability
             )
         return _without_bits(
             _named(y, xa, grads) | ({} if bits is None else {"keep": bits}), self.shape.k
@@ -293,8 +300,8 @@ class LayerCase:
         """The same in plain torch."""
         operands = t["x"], t["weight"], t["a"], t["b"]
         p, keep = self.dropout_p, t.get("keep")
-        y, xa = reference.forward(*operands, t.get("bias"), SCALE, keep, p)
-        grads = reference.backward(t["dy"], *operands, xa, SCALE, keep, p, self._needs())
+        y, xa = reference.forward(*operands, t.get("bias"), self.scale, keep, p)
+        grads = reference.backward(t["dy"], *operands, xa, self.scale, keep, p, self._needs())
         return _named(y, xa, grads) | ({} if keep is None else {"keep": keep})
 
     def _needs(self) -> reference.Needs:

@@ -22,7 +22,16 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from ..kernels import tuning
 from ..kernels.tuning import Shape
-from .cases import NARROW, PRODUCTS, Case, LayerCase, products_in, served
+from .cases import (
+    EXACT_SCALE,
+    NARROW,
+    PRODUCTS,
+    SCALE,
+    Case,
+    LayerCase,
+    products_in,
+    served,
+)
 from .closeness import TF32_ROUNDING, distance
 from .workers import Lost, processors, progress, spread
 
@@ -112,6 +121,7 @@ def kernel_cases(
                     dropout_p=0.1 if probe.dropped and kernel != "dxa_db" else 0.0,
                     wide=probe.wide and dtype != torch.float32,
                     tf32=as_tf32,
+                    scale=SCALE if probe.dropped else EXACT_SCALE,
                 )
                 cases += _roles(case) if kernel in PRODUCTS else [case]
     return list(dict.fromkeys(cases))
@@ -148,7 +158,16 @@ def layer_cases(
             wide = name == "round" and dtype != torch.float32
             cases.append(
                 LayerCase(
-                    fwd, dx, capability, dtype, shape, name != "round", dropout_p, wide, as_tf32
+                    fwd,
+                    dx,
+                    capability,
+                    dtype,
+                    shape,
+                    bias=name != "round",
+                    dropout_p=dropout_p,
+                    wide=wide,
+                    tf32=as_tf32,
+                    scale=EXACT_SCALE if name == "round" else SCALE,
                 )
             )
     return cases

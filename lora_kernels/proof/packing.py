@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction
 from ..adapters.files import write_atomically
 from ..kernels.launching import Launch
 from ..kernels.tuning import Shape
-from .cases import Case, LayerCase, products_in
+from .cases import EXACT_SCALE, Case, LayerCase, products_in
 from .check import ON_GPU, kernel_cases, layer_cases
 from .packs import LOCAL, Packed, read, write
 from .resources import launches_of
@@ -77,7 +77,8 @@ def pack_cases(capability: tuple[int, int]) -> list[Case | LayerCase]:
     pairs = dict.fromkeys((case.forward, case.dx) for case in layers)
     for (n, k), m, (forward, dx), p in product(LAYERS, TOKENS, pairs, (0.0, 0.1)):
         shape = Shape(m, n, k, 16)
-        layers.append(LayerCase(forward, dx, capability, torch.bfloat16, shape, dropout_p=p))
+        options = {"dropout_p": p, "scale": EXACT_SCALE}  # as alpha over rank mostly is
+        layers.append(LayerCase(forward, dx, capability, torch.bfloat16, shape, **options))
     return cases + [layer for layer in layers if not layer.refusal]
 
 

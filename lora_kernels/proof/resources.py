@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..kernels import tuning
 from ..kernels.launching import Launch, recording
 from ..kernels.tuning import Config, Shape
-from .cases import NARROW, PRODUCTS, Case, Tensors, products_in, ranks_of, served
+from .cases import EXACT_SCALE, NARROW, PRODUCTS, Case, Tensors, products_in, ranks_of, served
 from .workers import Lost, processors, progress, spread
 
 _TYPES = {
@@ -202,7 +202,7 @@ def sweep_cases(capability: tuple[int, int]) -> list[Case]:
             for config, shapes in ranks.items():
                 every = [Case(kernel, config, dtype, shape, tf32=tf32) for shape in shapes]
                 if dtype == torch.bfloat16:
-                    cases.append(every[0])
+                    cases.append(replace(every[0], scale=EXACT_SCALE))
                 for case in every if dtype == torch.bfloat16 else every[-1:]:
                     cases += _loaded(case)
     return cases
@@ -216,7 +216,9 @@ def _loaded(case: Case) -> list[Case]:
     wide = case.dtype != torch.float32
     if case.kernel in PRODUCTS:
         y = replace(case, bias=True, wide=wide)
-        return [y, replace(case, dx=True, dropout_p=0.1, wide=wide)]
+        cases = [y, replace(case, dx=True, dropout_p=0.1, wide=wide)]
+        # Hopper's product takes the rank part first or last, as the scale allows.
+        return [*cases, replace(y, scale=EXACT_SCALE)] if case.kernel == "hopper" else cases
     bias = case.kernel in ("one_kernel", "dxa_db")
     dropout_p = 0.0 if case.kernel == "dxa_db" else 0.1
     return [replace(case, bias=bias, dropout_p=dropout_p, wide=wide)]

@@ -10,7 +10,7 @@ from products import check_product
 
 from lora_kernels.kernels import hopper, tuning
 from lora_kernels.kernels.hopper import hopper_gemm
-from lora_kernels.kernels.launching import Layout
+from lora_kernels.kernels.launching import Layout, recording
 from lora_kernels.kernels.tuning import Config
 from lora_kernels.linear.forward import forward
 
@@ -18,17 +18,58 @@ from lora_kernels.linear.forward import forward
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [s for s in SHAPES if s.n % 8 == 0 == s.k % 8], ids=str)
-@pytest.mark.parametrize("role", ["forward", "dx"])
-def test_hopper_gemm(role, case, dtype, device, poisoned):
+@pytest.mark.parametrize("role", ["forward", "dx", "dx without a mask"])
+@pytest.mark.parametrize("scale", [0.7, -2.0, 1.0])
+def test_hopper_gemm(scale, role, case, dtype, device, poisoned):
     if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("TMA needs compute capability 9.0")
     t = make(case, dtype, device, factors=torch.float32)
     dxa = torch.randn(case.m, case.r).to(device, dtype)
-    config = Config(64, 64, 64, group=2)
+    options = {"config": Config(64, 64, 64, group=2), "scale": scale}
     if role == "forward":
-        check_product(hopper_gemm, t.x, t.weight.t(), dxa, t.lora_b.t(), t.bias, config=config)
+        check_product(hopper_gemm, t.x, t.weight.t(), dxa, t.lora_b.t(), t.bias, **options)
     else:
-        check_product(hopper_gemm, t.dy, t.weight, dxa, t.lora_a, None, 0.3, config=config)
+        dropout_p = 0.3 if role == "dx" else 0.0
+        check_product(hopper_gemm, t.dy, t.weight, dxa, t.lora_a, None, dropout_p, **options)
+
+
+@pytest.mark.parametrize(
+    ("changed", "last"),
+    [
+        ({}, True),
+        ({"scale": -0.25}, True),
+        ({"scale": 0.7}, False),
+        ({"scale": 0.0}, False),
+        ({"scale": 2.0, "dtype": torch.float16}, False),  # might leave its range
+        ({"scale": 1.0, "dtype": torch.float16}, True),
+        ({"masked": True}, False),
+        ({"rank": 33}, False),
+        ({"rank": 32}, True),
+        ({"per_sm": 2}, False),  # there is no room for buffers of its own
+    ],
+    ids=str,
+)
+def test_the_rank_part_comes_last_where_that_changes_nothing(changed, last):
+    given = {"scale": 2.0, "dtype": torch.bfloat16, "masked": False, "rank": 16, "per_sm": 1}
+    scale, dtype, masked, rank, per_sm = (given | changed).values()
+    p, q, u, v = (
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape in ((64, 128), (128, 96), (64, rank), (rank, 96))
+    )
+    bits = torch.empty(64, 12, dtype=torch.uint8, device="meta") if masked else None
+    options = {"config": Config(64, 64, 64, per_sm=per_sm), "keep_bits": bits, "dropout_p": 0.1}
+    with recording() as launches:
+        hopper_gemm(p, q, u, v, scale=scale, **options)
+    assert launches[0].arguments["RANK_LAST"] is last
+
+
+@pytest.mark.parametrize("exponent", range(-126, 128, 23))
+def test_a_power_of_two_changes_no_digit_of_bfloat16(exponent):
+    assert hopper._scales_exactly(2.0**exponent, torch.bfloat16)
+    u = torch.randn(1000).bfloat16()
+    scaled = u.double() * 2.0**exponent
+    inside = (scaled.abs() >= 2.0**-126) & (scaled.abs() <= 2.0**127)
+    assert inside.any() and torch.equal(scaled.bfloat16().double()[inside], scaled[inside])
 
 
 @pytest.mark.interpreted
