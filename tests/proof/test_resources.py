@@ -69,8 +69,8 @@ from lora_kernels.proof.cases import Case
 from lora_kernels.proof.resources import compile_case
 shape = Shape(512, 4096, 4096, 16)
 found = [
-    compile_case((Case("expand", config, torch.bfloat16, shape), (8, 0), 108))[0].resources
-    for config in (Config(32, 64, 0, 4, 1), Config(128, 256, 0, 2, 1))
+    compile_case((Case("gemm", config, torch.bfloat16, shape), (8, 0), 108))[0].resources
+    for config in (Config(32, 64, 32, 4, 1), Config(128, 256, 32, 2, 1))
 ]
 print(json.dumps(found))
 """
@@ -85,7 +85,8 @@ def test_what_outgrows_the_registers_spills():
     assert ran.returncode == 0, ran.stderr
     small, large = (Resources(*found) for found in json.loads(ran.stdout))
     assert small.spilled == 0 and small.registers < 255
-    # 512 accumulators a thread do not go into 255 registers: half of them at least go out and in.
+    # A loop's 512 accumulators a thread do not go into 255 registers: half of them at least go out
+    # and in.
     assert large.spilled >= 256 * 4 * 2
 
 
