@@ -54,7 +54,8 @@ class Config:
         block_m, block_n, block_k: rows, output columns and contraction of a tile.
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
         group: rows of tiles walked together, for the L2 cache.
-        per_sm: programs a multiprocessor holds at once; of the persistent kernel alone.
+        per_sm: programs a multiprocessor holds at once, which `resources` looks into where it is
+            more than one; a persistent kernel launches as many.
     """
 
     block_m: int = 0
@@ -110,6 +111,8 @@ ROWS = (
     Row(ANY, "expand", 4, Config(32, 64, 0, 8, 1)),
     Row(ANY, "dxa_db", 2, Config(32, 64, 0, 4, 3), m=1024, r=32),
     Row(ANY, "dxa_db", 2, Config(32, 64, 0, 4, 2), m=1024),
+    # Two fit, as `chunks` counts on, and one loads while the other stores db; not with three stages.
+    Row((9, 0), "dxa_db", 2, Config(256, 64, 0, 8, 2, per_sm=2), r=16),
     Row((9, 0), "dxa_db", 2, Config(256, 64, 0, 8, 3), r=32),
     Row((9, 0), "dxa_db", 2, Config(128, 64, 0, 8, 3)),
     Row(ANY, "dxa_db", 2, Config(128, 64, 0, 8, 2), r=32),
