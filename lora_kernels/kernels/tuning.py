@@ -111,7 +111,7 @@ ROWS = (
     Row(ANY, "expand", 4, Config(32, 64, 0, 8, 1)),
     Row(ANY, "dxa_db", 2, Config(32, 64, 0, 4, 3), m=1024, r=32),
     Row(ANY, "dxa_db", 2, Config(32, 64, 0, 4, 2), m=1024),
-    # Two fit, as `chunks` counts on, and one loads while the other stores db; not with three stages.
+    # With three stages there is no room for the second program, which loads while one stores db.
     Row((9, 0), "dxa_db", 2, Config(256, 64, 0, 8, 2, per_sm=2), r=16),
     Row((9, 0), "dxa_db", 2, Config(256, 64, 0, 8, 3), r=32),
     Row((9, 0), "dxa_db", 2, Config(128, 64, 0, 8, 3)),
