@@ -29,6 +29,7 @@ FLOORS = {
         {"training"},
         {"model"},
         {"data", "settings"},
+        {"files"},
     ),
 }
 # Where other packages come in: these and no others have `__all__`.

@@ -6,8 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_kernels import __version__, disable_lora, lora_layers, save_lora
-from lora_kernels.adapters import write_atomically
 
 from ..data.tokenizer import save_tokenizer
+from ..files import clear_up, staged
 from ..model.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_adapter
 from ..model.hub_format import Layout, config_json, copy_adapter, exact_layout, hub_tensors
 from ..model.transformer import MiniMindLM
@@ -55,6 +53,8 @@ def export(options: argparse.Namespace) -> None:
                 "this one in by --merge, or leave --lora out"
             )
         out, dtype = Path(options.out), DTYPES[options.dtype]
+        for line in clear_up(out):
+            print(line, flush=True)
         (unused_file if options.to == "pth" else replaceable)(out)
         model, tokenizer = load_base(Settings(base=options.base, tokenizer=options.tokenizer))
         if options.to == "hf":
@@ -83,7 +83,8 @@ def write_pth(model: MiniMindLM, path: Path, dtype: torch.dtype) -> None:
     state = {name: copies[tensor.data_ptr()] for name, tensor in model.state_dict().items()}
     if lost := [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]:
         raise ValueError(f"{lost[0]} is too large for {dtype}; choose another --dtype")
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    with staged(path, unused_file) as stage:
+        torch.save(state, stage)
 
 
 def write_hub(model: MiniMindLM, tokenizer: Any, out: Path, dtype: torch.dtype) -> list[str]:
@@ -103,7 +104,8 @@ def write_hub(model: MiniMindLM, tokenizer: Any, out: Path, dtype: torch.dtype) 
     replaceable(out)
     adapted = bool(lora_layers(model))
     name_of_dtype = str(dtype).removeprefix("torch.")
-    with _staged(out) as stage:
+    with staged(out, replaceable) as stage:
+        stage.mkdir()
         tensors = hub_tensors(model, layout, dtype)
         save_file(tensors, stage / WEIGHTS_NAME, {"format": "pt"})
         _write_json(
@@ -188,33 +190,6 @@ def _files_of_export(out: Path) -> set[str]:
         return set(manifest["files"]) if ours else set()
     except (OSError, ValueError, LookupError, TypeError):
         return set()
-
-
-@contextlib.contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A directory beside ``out`` that takes its place when the block ends, or leaves no trace."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as room:
-        stage = Path(room) / "new"
-        stage.mkdir()
-        yield stage
-        mask = os.umask(0)
-        os.umask(mask)
-        for file in stage.rglob("*"):
-            if file.is_file():
-                file.chmod(0o666 & ~mask)  # some writers make private files
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-        replaceable(out)  # somebody may have come in between
-        before = Path(room) / "before"
-        if out.exists():
-            out.rename(before)
-        try:
-            stage.rename(out)
-        except BaseException:
-            if before.exists():
-                before.rename(out)
-            raise
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
 from lora_kernels import lora_layers, merge_lora
 
 from ..data.tokenizer import save_tokenizer
+from ..files import clear_up, staged
 from ..model.checkpoint import load_adapter, save_model
 from ..model.transformer import MiniMindLM
 from ..settings import Settings
@@ -28,15 +30,18 @@ def merge(options: argparse.Namespace) -> None:
             raise ValueError("merge needs an adapter; name one by --lora")
         if options.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {options.dtype!r}")
-        out = unused(options.out)
+        out = Path(options.out)
+        for line in clear_up(out):
+            print(line, flush=True)
+        unused(out)
         model, tokenizer = load_base(Settings(base=options.base, tokenizer=options.tokenizer))
         load_adapter(model, options.lora)
         dtype = DTYPES[options.dtype]
         report = fold(model, dtype)
-        out.mkdir(parents=True, exist_ok=True)
+        with staged(out, unused) as stage:
+            save_model(model, stage, dtype)
+            save_tokenizer(tokenizer, stage)
     print("\n".join(report))
-    save_model(model, out, dtype)
-    save_tokenizer(tokenizer, out)
     print(f"wrote {out}/\nnext:  {command_line('chat', '--base', out)}")
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ..files import staged
 from .toydata import build
 
 if TYPE_CHECKING:
@@ -119,14 +120,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTr
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike[str]) -> None:
-    """Write the tokenizer to ``directory`` so that transformers 4 and 5 both load it."""
-    tokenizer.save_pretrained(str(directory))
-    path = Path(directory) / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    # Version 5 writes a class name that version 4 does not know; both know this one.
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.pop("backend", None)
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write the tokenizer to ``directory`` so that transformers 4 and 5 both load it.
+
+    All its files appear or none.
+    """
+    with staged(Path(directory)) as stage:
+        tokenizer.save_pretrained(str(stage))
+        path = stage / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        # Version 5 writes a class name that version 4 does not know; both know this one.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.pop("backend", None)
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
 
 
 def training_texts() -> Iterator[str]:

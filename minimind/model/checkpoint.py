@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_kernels import AdapterMismatchError, load_lora, read_adapter
-from lora_kernels.adapters import strip_wrappers, write_atomically
+from lora_kernels.adapters import strip_wrappers
 
+from ..files import staged
 from .config import LMConfig
 from .eras import (
     ERAS,
@@ -118,7 +119,7 @@ def load_adapter(model: MiniMindLM, path: str | os.PathLike[str]) -> list[str]:
 def save_model(
     model: MiniMindLM, directory: str | os.PathLike[str], dtype: torch.dtype | None = None
 ) -> None:
-    """Write ``config.json`` and ``model.safetensors``, each complete or not at all.
+    """Write ``config.json`` and ``model.safetensors``, both or neither.
 
     The directory can be read by :func:`load_model` and by ``MiniMindLM.from_pretrained``. The
     tensor that embedding and head share is written once.
@@ -149,15 +150,10 @@ def save_model(
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = state[embedding].dtype
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = config.to_json_string()
-    write_atomically(
-        folder / WEIGHTS_NAME, lambda temporary: save_file(state, temporary, {"format": "pt"})
-    )
-    write_atomically(
-        folder / CONFIG_NAME, lambda temporary: temporary.write_text(text, encoding="utf-8")
-    )
+    with staged(Path(directory)) as stage:
+        stage.mkdir()
+        save_file(state, stage / WEIGHTS_NAME, {"format": "pt"})
+        (stage / CONFIG_NAME).write_text(config.to_json_string(), encoding="utf-8")
 
 
 def weights_path(path: str | os.PathLike[str]) -> Path:

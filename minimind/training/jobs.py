@@ -23,6 +23,7 @@ from lora_kernels.adapters import write_atomically
 from ..data.sft import SFTDataset
 from ..data.tokenizer import TOKENIZER_DIRECTORY, save_tokenizer
 from ..data.turns import TEXT, Sample
+from ..files import staged
 from ..model.checkpoint import save_model
 from ..model.generate import answer
 from ..model.transformer import MiniMindLM
@@ -309,8 +310,9 @@ def save_weights(job: Job) -> None:
             model.load_state_dict(state, assign=True)
             model.tie_weights()
     if job.processes.first:
-        save_model(model, job.out, torch.bfloat16)
-        save_tokenizer(job.tokenizer, job.out)
+        with staged(job.out) as stage:
+            save_model(model, stage, torch.bfloat16)
+            save_tokenizer(job.tokenizer, stage)
 
 
 def save_resume_point(job: Job, before: dict[str, Any]) -> None:

@@ -302,7 +302,7 @@ def _same_everywhere(processes: Processes, datasets: list[SFTDataset | None]) ->
             )
 
 
-def unused(path: str) -> Path:
+def unused(path: str | Path) -> Path:
     """``path``, if nothing is there yet but perhaps an empty directory.
 
     Raises:
