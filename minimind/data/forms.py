@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .reading import DataError, read_rows
-from .turns import BESIDE, Conversation, Sample, empty, parsed, sample_of, short, text_sample
+from .reading import DataError, read_rows, short
+from .turns import BESIDE, Conversation, Sample, empty, parsed, sample_of, text_sample
 
 # Where a row comes from and what it is about; nothing of it is learnt.
 INERT = (
@@ -79,9 +79,19 @@ def _pair(question: str, answer: str) -> Form:
             given = (i for i in first if sample[i]["role"] == "assistant")
             sample.unlearnt = sorted({*sample.unlearnt, *given})
             return sample
+        _texts(row, (question, answer), place)
         return sample_of(_talk(asked, told), place, _beside(row), name)
 
     return Form(name, (question, answer), build)
+
+
+def _texts(row: Row, names: tuple[str, ...], place: str) -> None:
+    """Raise DataError, in the words of the row rather than of turns, unless all are texts."""
+    for name in names:
+        if not isinstance(row[name], str):
+            raise DataError(
+                f'{place}: "{name}" must be a text, got {short(row[name])}; write it in quotes'
+            )
 
 
 def _talk(question: Any, answer: Any) -> Conversation:
@@ -97,6 +107,7 @@ def _alpaca(row: Row, place: str) -> Sample:
             f"{place}: instruction and input must be texts, and one of them not empty, got "
             + " and ".join(short(part) for part in parts)
         )
+    _texts(row, ("output",), place)
     history = parsed(row.get("history"))
     turns: Conversation = []
     if not empty(history):
@@ -194,8 +205,13 @@ def read_conversations(path: str | os.PathLike[str], form: str | None = None) ->
     """
     samples = list(read_samples(path, form))
     if not samples:
-        raise DataError(f"{path} holds no conversations; write one JSON object a line")
+        raise DataError(nothing_in(path))
     return samples
+
+
+def nothing_in(source: str | os.PathLike[str]) -> str:
+    """What to say of data without a single row."""
+    return f"{source} holds nothing to learn; write conversations or texts into it, a row each"
 
 
 def tell(row: Any, place: str) -> Form | None:
@@ -219,7 +235,7 @@ def tell(row: Any, place: str) -> Form | None:
 
 def _nearest(row: Any, place: str) -> Form:
     if isinstance(row, dict) and row and "conversations" not in row:
-        names = ", ".join(list(map(repr, row))[:8]) + (", …" if len(row) > 8 else "")
+        names = ", ".join(list(map(short, row))[:8]) + (", …" if len(row) > 8 else "")
         raise DataError(
             f'{place}: no "conversations" list, nor the fields of another form, but {names}; '
             f"known forms: {', '.join(form.name + ' ' + form.example() for form in FORMS[1:])}"
@@ -245,7 +261,7 @@ def _sample(form: Form, row: Any, place: str, forced: bool) -> Sample:
         if isinstance(value, str) and any(value == turn["content"] for turn in sample):
             continue
         raise DataError(
-            f"{place} has the field {name!r}, {short(value)}, which is not known here beside "
+            f"{place} has the field {short(name)}, {short(value)}, which is not known here beside "
             f"{', '.join(form.needs)}; delete it if nothing of it is to be learnt"
         )
     return sample

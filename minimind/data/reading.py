@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import shlex
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,12 @@ class DataError(ValueError):
 def find_data(data: str | os.PathLike[str]) -> Path:
     """A path as it is, or the file of a shipped set by its name: base, identity or tea."""
     return DATA_DIRECTORY / f"{data}.jsonl" if data in SHIPPED_DATA else Path(data)
+
+
+def short(value: Any) -> str:
+    """``repr``, cut to a length for messages."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def split_name(path: Path) -> tuple[str, str]:
@@ -59,6 +66,8 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
             f"no data file at {path}; check the path, or use a shipped set: "
             + ", ".join(SHIPPED_DATA)
         )
+    if path.is_dir():
+        raise DataError(f"{path} is a directory; name one data file in it")
     kind = split_name(path)[1].lower().removesuffix(".gz")
     try:
         with _opened(path) as file:
@@ -77,8 +86,13 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
                         yield from _json_rows(path, lines, kind == ".json")
     except UnicodeDecodeError:
         raise DataError(_undecodable(path)) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}; fetch or pack it again, or take .gz from its name if "
+            "it is not packed"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; check the file") from None
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -155,24 +169,45 @@ def _table_rows(path: Path, lines: io.TextIOWrapper, comma: str) -> Iterator[tup
     header: list[str] = []
     line = 1
     try:
-        for cells in reader:
+        for cells in _of_any_length(reader):
             place, line = f"{path}:{line}", reader.line_num + 1
             if not any(cell.strip() for cell in cells):
                 continue
             if not header:
                 header = [cell.strip() for cell in cells]
-                twice = sorted({name for name in header if header.count(name) > 1})
+                twice = sorted({name for name in header if name and header.count(name) > 1})
                 if twice:
-                    raise DataError(f"{place}: the header has {twice[0]!r} twice; rename one")
+                    raise DataError(f"{place}: the header has {short(twice[0])} twice; rename one")
                 continue
             if len(cells) != len(header):
                 raise DataError(
                     f"{place}: {len(cells)} cells, but the header names {len(header)} columns; put "
                     'cells with commas, quotes or line breaks between "…"'
                 )
-            yield place, dict(zip(header, cells, strict=True))
+            # Spreadsheets write empty columns beside the table.
+            row = {name: cell for name, cell in zip(header, cells, strict=True) if name}
+            nameless = (c for name, c in zip(header, cells, strict=True) if not name and c.strip())
+            if cell := next(nameless, ""):
+                raise DataError(
+                    f"{place}: {short(cell)} is in a column without a name; name it in the header, "
+                    "or delete the column"
+                )
+            yield place, row
     except csv.Error as error:
         raise DataError(f"{path}:{line}: not a table ({error}); write it anew as CSV") from None
+
+
+def _of_any_length(reader: Iterator[list[str]]) -> Iterator[list[str]]:
+    """The reader's rows; by itself it refuses cells of over 128 KiB, such as chapters of books."""
+    while True:
+        limit = csv.field_size_limit(2**31 - 1)  # of the whole process, so only for one row
+        try:
+            cells = next(reader, None)
+        finally:
+            csv.field_size_limit(limit)
+        if cells is None:
+            return
+        yield cells
 
 
 def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
@@ -215,5 +250,7 @@ def _undecodable(path: Path) -> str:
         also = ", of which GBK is a part" if encoding == "GB18030" else ""
         remedy = f"it may be {encoding}{also}: save it as UTF-8"
         if not path.name.lower().endswith(".gz"):
-            remedy += f", or: iconv -f {encoding} -t UTF-8 {path.name} > utf8{path.suffix}"
+            remedy += (
+                f", or: iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8{path.suffix}"
+            )
     return f"{path} cannot be read as UTF-8 text{found}; {remedy}"

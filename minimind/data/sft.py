@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .forms import read_samples
+from .forms import nothing_in, read_samples
 from .reading import DataError
 from .rendering import Renderer
 from .turns import Conversation, Sample, sample_of
@@ -91,7 +91,7 @@ class SFTDataset(Dataset[Item]):
                 f"{source}: none of {self.dropped} samples has a word to be learnt within "
                 f"{max_length} tokens; raise max_length (--max-length) or add assistant turns"
                 if self.dropped
-                else f"{source} holds no conversations; write one JSON object a line"
+                else nothing_in(source)
             )
         self.form = self.conversations[0].form
         self.lengths = [len(ids) for ids, _ in self.samples]

@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from .reading import DataError
+from .reading import DataError, short
 
 Conversation = list[dict[str, Any]]
 
@@ -67,12 +67,6 @@ def empty(value: Any) -> bool:
     if isinstance(value, str):
         return not value.strip()
     return value is None or value != value or (isinstance(value, (list, dict)) and not value)
-
-
-def short(value: Any) -> str:
-    """``repr``, cut to a length for messages."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def parsed(value: Any) -> Any:
@@ -181,8 +175,8 @@ def _turn(
     for name, value in fields.items():
         if name not in _INERT_IN_TURNS:
             raise DataError(
-                f"{where} has the field {name!r}, {short(value)}, which is not known here; delete "
-                "it if nothing of it is to be learnt"
+                f"{where} has the field {short(name)}, {short(value)}, which is not known here; "
+                "delete it if nothing of it is to be learnt"
             )
     return (raw if turn == raw else turn), tools, learnt
 

@@ -118,7 +118,7 @@ def test_alpaca_with_input_and_history(tmp_path):
         ({"instruction": " "}, "instruction and input must be texts, and one of them not empty"),
         ({"input": 3}, "instruction and input must be texts"),
         ({"output": ""}, "turn 2 .*: the assistant says nothing"),
-        ({"output": ["a", "b"]}, "turn 2 .*has no"),
+        ({"output": ["a", "b"]}, r'"output" must be a text, got \['),
         ({"history": "x"}, r"history must be a list of \[question, answer\], got 'x'"),
         ({"history": [["a"]]}, r"history must be a list of \[question, answer\]"),
     ],
@@ -232,6 +232,34 @@ def test_a_row_of_no_form_names_its_fields(tmp_path):
     assert len(str(caught.value)) < 1000
 
 
+LONG = "名" * 10_000
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {LONG: 1},
+        {**SAME["question/answer"], LONG: LONG},
+        {"messages": [{**TALK[0], LONG: LONG}, TALK[1]]},
+        {"messages": [{"role": LONG, "content": LONG}]},
+        {"question": Q, "answer": [LONG]},
+        {**SAME["alpaca"], "history": LONG},
+    ],
+    ids=["of no form", "in a row", "in a turn", "role", "answer", "history"],
+)
+def test_no_message_is_as_long_as_what_it_is_about(tmp_path, row):
+    with pytest.raises(DataError) as caught:
+        read_conversations(write(tmp_path / "a", row))
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("form", ["question/answer", "input/output", "alpaca"])
+def test_what_is_no_text_goes_by_its_own_name(tmp_path, form):
+    for name in [name for name in SAME[form] if name not in ("instruction", "input")] or ["input"]:
+        with pytest.raises(DataError, match=rf'a:1: "{name}" must be a text, got 7; write it in'):
+            read_conversations(write(tmp_path / "a", {**SAME[form], name: 7}))
+
+
 NO_LIST = [{}, {"conversations": "x"}, {"conversations": []}, {"conversations": {}}, 17, None, "x"]
 
 
@@ -259,7 +287,7 @@ def test_samples_come_one_by_one(tmp_path):
 
 
 def test_an_empty_file(tmp_path):
-    for name in ("a.jsonl", "a.csv"):
-        (tmp_path / name).write_text("\n")
-        with pytest.raises(DataError, match=rf"{name} holds no conversations; write one JSON"):
+    for name, text in {"a.jsonl": "\n", "a.csv": "question,answer\n", "a.json": "[]"}.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=rf"{name} holds nothing to learn; write conversations"):
             read_conversations(tmp_path / name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
+import shlex
 import sys
 
 import pytest
@@ -114,7 +116,7 @@ CHINESE = "问题,回答\n你叫什么名字？,我叫罗宾。\n"
     ("name", "content", "message"),
     [
         ("a.csv", CHINESE.encode("gbk"), r"line 1: .* 0xce\); it may be GB18030, of which GBK"),
-        ("a.txt", CHINESE.encode("gb18030"), r"iconv -f GB18030 -t UTF-8 a\.txt > utf8\.txt$"),
+        ("a.txt", CHINESE.encode("gb18030"), r"iconv -f GB18030 -t UTF-8 \S*a\.txt > utf8\.txt$"),
         ("a.jsonl", GOOD + '{"q": "你"}'.encode("gbk"), r"line 2: .*it may be GB18030"),
         ("a.jsonl", GOOD + b"\xff\xfe\n", r"line 2: invalid start byte 0xff\); save it as UTF-8$"),
         ("a.jsonl", GOOD + "你".encode()[:2], r"line 2: .*; save it as UTF-8$"),
@@ -139,18 +141,48 @@ def test_other_encodings_are_named(tmp_path, name, content, message):
 def test_what_is_no_whole_gzip(tmp_path, content):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz cannot be read: "):
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz cannot be read: .*; fetch or pack it again"):
         list(read_rows(path))
 
 
 def test_no_file_and_no_lines(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl; check the path.* base, identity, t"):
         list(read_rows(tmp_path / "none.jsonl"))
-    with pytest.raises(DataError, match=f"^{tmp_path} cannot be read"):
+    with pytest.raises(DataError, match=f"^{tmp_path} is a directory; name one data file in it$"):
         list(read_rows(tmp_path))
     for name in ("a.jsonl", "a.json", "a.csv", "a.txt"):
         (tmp_path / name).write_text("\n \r\n")
         assert list(read_rows(tmp_path / name)) == []
+
+
+def test_the_remedy_for_an_encoding_can_be_pasted_into_a_shell(tmp_path):
+    path = tmp_path / "it's 我的 $HOME.csv"
+    path.write_bytes(CHINESE.encode("gbk"))
+    with pytest.raises(DataError) as caught:
+        list(read_rows(path))
+    words = shlex.split(str(caught.value).partition(", or: ")[2])
+    assert words == ["iconv", "-f", "GB18030", "-t", "UTF-8", str(path), ">", "utf8.csv"]
+
+
+def test_cells_of_any_length_and_the_limit_of_others_stays(tmp_path):
+    (tmp_path / "a.csv").write_text(f"text\n{'春' * 50}\n{'夏' * 60}\n", encoding="utf-8")
+    before = csv.field_size_limit(40)
+    try:
+        rows = read_rows(tmp_path / "a.csv")
+        assert next(rows)[1] == {"text": "春" * 50}
+        assert csv.field_size_limit() == 40  # while the file is still being read, too
+        assert next(rows)[1] == {"text": "夏" * 60}
+    finally:
+        csv.field_size_limit(before)
+
+
+def test_columns_without_a_name(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("q,,a,\nx,,y,\n,,,\n", encoding="utf-8")
+    assert list(read_rows(path)) == [(f"{path}:2", {"q": "x", "a": "y"})]
+    path.write_text("q,,a,\nx,,y,\nx,,y,z\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.csv:3: 'z' is in a column without a name; name it"):
+        list(read_rows(path))
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def test_items_and_batches_are_copies(dataset):
 def test_missing_file_and_directory(tmp_path, tokenizer):
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl; check the path.* base, identity, t"):
         SFTDataset(tmp_path / "none.jsonl", tokenizer)
-    with pytest.raises(DataError, match=f"^{tmp_path} cannot be read"):
+    with pytest.raises(DataError, match=f"^{tmp_path} is a directory; name one"):
         SFTDataset(tmp_path, tokenizer)
 
 
@@ -246,7 +246,7 @@ def test_nothing_at_all(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text("\n")
     for nothing in (path, []):
-        with pytest.raises(DataError, match="holds no conversations; write one JSON object"):
+        with pytest.raises(DataError, match="holds nothing to learn; write conversations"):
             SFTDataset(nothing, tokenizer)
 
 
