@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["Choice", "choose", "explain", "is_named", "use_backend"]
+__all__ = ["Choice", "choose", "explain", "is_named", "multiplies_by_itself", "use_backend"]
 
 BACKENDS = ("triton", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -63,6 +63,8 @@ def choose(
     Raises:
         RuntimeError: `use_backend` named one that cannot serve this call.
     """
+    if weight is not None and type(weight) not in _PLAIN and multiplies_by_itself(type(weight)):
+        return _by_itself(type(weight).__name__)
     if _asked_for == "reference":
         return _on_cpu(_ASKED_FOR, x)
     if _asked_for is None and not x.is_cuda:
@@ -72,14 +74,34 @@ def choose(
     refusal = _device_refusal(x.device.type, x.device.index) or _tensor_refusal(tensors, rank)
     if _asked_for == "triton":
         if refusal:
-            raise RuntimeError(
-                f"use_backend('triton') was asked for, but Triton cannot serve this call: "
-                f"{refusal}. Leave the `with`, or ask for 'reference'."
-            )
+            _refuse(refusal)
         return Choice("triton", "asked for by use_backend")
     if refusal:
         return Choice("reference", refusal)
     return Choice("triton", f"the kernels serve {x.dtype} on {x.device}")
+
+
+def _refuse(refusal: str) -> None:
+    raise RuntimeError(
+        f"use_backend('triton') was asked for, but Triton cannot serve this call: {refusal}. "
+        "Leave the `with`, or ask for 'reference'."
+    )
+
+
+def multiplies_by_itself(kind: type) -> bool:
+    """Whether a weight of this class knows products of its own, as torchao's quantised ones do.
+
+    Classes of torch's own are served as tensors are.
+    """
+    own = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__  # type: ignore[attr-defined]
+    return own and not kind.__module__.startswith("torch.")
+
+
+def _by_itself(kind: str) -> Choice:
+    reason = f"the weight is a {kind}, which multiplies by itself"
+    if _asked_for == "triton":
+        _refuse(reason)
+    return Choice("reference", reason)
 
 
 def is_named() -> bool:
@@ -145,6 +167,7 @@ def capability_of(index: int | None) -> tuple[int, int]:
 # is all that torch.compiler.assume_constant_result does, but that imports the whole compiler.
 _device_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _cpu_multiplies._dynamo_marked_constant = True  # type: ignore[attr-defined]
+multiplies_by_itself._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _tensor_refusal(tensors: list[Tensor], rank: int | None) -> str:

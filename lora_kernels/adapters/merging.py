@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import multiplies_by_itself
 from ..linear.module import ACTIVE, MERGED, LoRALinear
 from .carried import lora_layers, require_lora
 from .sharding import refuse_emptied
@@ -107,6 +108,11 @@ def _mergeable(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def _refuse_unmergeable(name: str, layer: LoRALinear) -> None:
+    if multiplies_by_itself(type(layer.weight)):
+        raise ValueError(
+            f"cannot merge {name!r}: its weight is a {type(layer.weight).__name__}, quantised; "
+            "load the model without quantization and the adapter onto it, and merge there"
+        )
     if layer.weight.is_meta:
         raise ValueError(f"cannot merge {name!r}: its weight is on the meta device; load it first")
     if 0 in layer.weight.stride():

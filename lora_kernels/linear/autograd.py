@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling, is_exporting
 
 from ..config import check_dropout
-from ..dispatch import choose, is_named
+from ..dispatch import choose, is_named, multiplies_by_itself
 from ..kernels.dropout import draw_keep_mask, draw_seed, unpack_bits
 from . import ops, reference
+from .own_product import onto_own_product
 
 
 def lora_linear(
@@ -35,6 +36,9 @@ def lora_linear(
     transforms of ``torch.func`` (vmap among them) and ``torch.export``. A model that
     ``torch.compile`` has made can be differentiated once.
 
+    A weight of another library's class, as torchao's quantised ones, is multiplied as its class
+    says, see `onto_own_product`.
+
     Args:
         x: input ``[..., K]``, floating point, any strides.
         weight: base weight ``[N, K]``, of x's dtype.
@@ -53,7 +57,8 @@ def lora_linear(
     Raises:
         TypeError: an argument is not a floating-point tensor, or the dtypes differ.
         ValueError: shapes or devices do not fit, or dropout_p is out of range.
-        RuntimeError: `use_backend` asked for what cannot serve this call.
+        RuntimeError: `use_backend` asked for what cannot serve this call, or the weight's own
+            product passes no gradient on.
 
     Source: LoRA, arXiv 2106.09685, equation 3.
     """
@@ -64,7 +69,10 @@ def lora_linear(
     if dropout_p != 0.0:
         check_dropout(dropout_p, "dropout_p")
     autocasts = _autocasts(x)
-    if autocasts and x.dtype != torch.float64:
+    own = type(weight) not in _PLAIN_TYPES and multiplies_by_itself(type(weight))
+    if own and autocasts:
+        pass  # the product settles by itself what becomes of the dtypes
+    elif autocasts and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -76,6 +84,9 @@ def lora_linear(
             f"{None if bias is None else bias.dtype}; cast them, or run under torch.autocast"
         )
     path, _, widened = choose(x, weight, lora_a, lora_b, bias)
+    if own:
+        dropped = dropout_p if training else 0.0
+        return onto_own_product(x, weight, lora_a, lora_b, bias, scale, dropped)
     if widened:
         path = _WIDENED
     traced = is_compiling()
@@ -101,6 +112,7 @@ def lora_linear(
 # Within `dispatch` no paths of their own: the reference with its products in float32, and the sum
 # as torch differentiates, batches or exports it by itself.
 _WIDENED, _PLAIN = "widened", "plain"
+_PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
 def _autocasts(tensor: Tensor) -> bool:
