@@ -148,3 +148,63 @@ def test_peak_is_what_is_held_at_most():
 
     peak = measure.peak_bytes(Allocates(), CPU)
     assert 5 * 2**20 <= peak < 6 * 2**20
+
+
+class Recorded:
+    """Stands for a CUDA graph of ``calls`` calls: a replay works on the tensors it gave."""
+
+    def __init__(self, work, calls, missed=False):
+        self.work, self.calls, self.missed = work, calls, missed
+        self.result = {name: tensor.clone() for name, tensor in work().items()}
+
+    def replay(self):
+        for _ in range(self.calls):
+            made = self.work()
+        for name, tensor in self.result.items():
+            if not self.missed:
+                tensor.copy_(made[name])
+
+
+def graph_call(monkeypatch, graph):
+    monkeypatch.setattr(torch.cuda, "manual_seed", torch.manual_seed)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    call = object.__new__(measure.GraphCall)
+    call.graph, call.repeats = graph, graph.calls
+    return call
+
+
+class Working(measure.Call):
+    def __init__(self, work):
+        self.run = work
+
+
+def drawn():
+    return {"y": torch.randn(8), "bits": torch.randint(256, (8,), dtype=torch.uint8)}
+
+
+def test_a_replay_is_held_against_as_many_calls_with_the_same_draws(monkeypatch):
+    graph = Recorded(drawn, calls=3)
+    call = graph_call(monkeypatch, graph)
+    call._compare(Working(drawn), measure._detached(graph.result))
+    call.repeats = 2  # other draws
+    with pytest.raises(RuntimeError, match="a replay does not give"):
+        call._compare(Working(drawn), measure._detached(graph.result))
+
+
+@pytest.mark.parametrize("name", ["y", "bits"])
+def test_work_that_missed_the_recording_is_seen(name, monkeypatch):
+    def fixed():
+        generator = torch.Generator().manual_seed(1)
+        bits = torch.randint(1, 256, (8,), dtype=torch.uint8, generator=generator)
+        return {name: {"y": torch.randn(8, generator=generator), "bits": bits}[name]}
+
+    graph = Recorded(fixed, calls=1, missed=True)
+    with pytest.raises(RuntimeError, match="a replay does not give"):
+        graph_call(monkeypatch, graph)._compare(Working(fixed), measure._detached(graph.result))
+
+
+def test_tensors_of_a_call_by_name_and_nested():
+    y, dx = torch.ones(2, requires_grad=True), torch.ones(3)
+    found = measure._detached((y, {"dx": dx, "more": (None, dx)}))
+    assert [tuple(tensor.shape) for tensor in found] == [(2,), (3,), (3,)]
+    assert not found[0].requires_grad and measure._detached({}) == []
