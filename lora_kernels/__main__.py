@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 from .kernels import KERNELS
@@ -33,7 +34,7 @@ and report what `--json` prints.
 examples:
   python -m lora_kernels check                  everything; some minutes, most of them compiling
   python -m lora_kernels check --quick          fewer cases, no float16
-  python -m lora_kernels check --only hopper    one kernel
+  python -m lora_kernels check --only hopper,xa two kernels
   python -m lora_kernels check --time-limit 300 --out check.jsonl
                                                 what five minutes allow, kept case by case"""
 
@@ -164,13 +165,33 @@ def _add_common(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=names,
+        type=_names_of(names),
+        action=_Only,
         default=[],
         metavar="NAME",
-        help=f"only these of {', '.join(names)}",
+        help=f"only these of {', '.join(names)}; several with commas or spaces between",
     )
     _add_jobs(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+class _Only(argparse.Action):
+    """The names in all words, as one list."""
+
+    def __call__(self, parser: Any, options: Any, values: Any, option: Any = None) -> None:
+        setattr(options, self.dest, [name for names in values for name in names])
+
+
+def _names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def names(text: str) -> list[str]:
+        found = [name for name in text.split(",") if name]
+        unknown = [name for name in found if name not in known]
+        if unknown or not found:
+            came = ", ".join(map(repr, unknown)) or repr(text)
+            raise argparse.ArgumentTypeError(f"no {came}; there are {', '.join(known)}")
+        return found
+
+    return names
 
 
 def _count(text: str) -> int:

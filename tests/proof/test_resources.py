@@ -177,7 +177,9 @@ def test_the_command_tells_what_failed(monkeypatch, capsys):
         (["resources", "--target", "sm_70"], "sm_80"),
         (["resources", "--target", "sm_80", "--only", "layers"], "one_kernel"),
         (["check", "--jobs", "0"], "from 1 on"),
-        (["check", "--only", "gem"], "hopper"),
+        (["check", "--only", "gem"], "no 'gem'; there are xa, one_kernel, gemm, hopper"),
+        (["check", "--only", "gemm,", "hoper,xa,y"], "no 'hoper', 'y'; there are xa"),
+        (["check", "--only", ","], "no ','; there are xa"),
     ],
 )
 def test_mistakes_are_told_with_what_is_known(arguments, message, capsys):
@@ -185,6 +187,15 @@ def test_mistakes_are_told_with_what_is_known(arguments, message, capsys):
         command.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["gemm,xa", "layers"], ["gemm", "xa", "layers"], ["gemm,xa,layers"]]
+)
+def test_kernels_are_named_with_commas_or_spaces(words):
+    options = command.build_parser().parse_args(["check", "--only", *words])
+    assert options.only == ["gemm", "xa", "layers"]
+    assert command.build_parser().parse_args(["check"]).only == []
 
 
 def test_without_triton_the_command_says_so(monkeypatch, capsys):
