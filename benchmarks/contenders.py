@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from lora_kernels.kernels import Shape
 from lora_kernels.kernels import strategy as strategy_for
 
 from . import rivals
-from .machine import version
+from .machine import cache_bytes, version
 from .shapes import DTYPES, Problem
 
 try:
@@ -27,6 +28,7 @@ except ImportError:
     peft = None  # type: ignore[assignment]
 
 SCALE = 2.0
+MOST_SETS = 256
 FLOOR = "frozen"
 OURS = "ours"
 STRATEGIES = tuple(dict.fromkeys(name for names in BY_ROLE.values() for name in names))
@@ -88,6 +90,13 @@ def make_inputs(problem: Problem, device: torch.device, seed: int = 0) -> Inputs
         wide_b=lora_b.detach().float().requires_grad_(),
         dy=normal(m, n),
     )
+
+
+def sets_to_rotate(problem: Problem, device: torch.device) -> int:
+    """How many sets of buffers, at least two, exceed the cache twice over."""
+    m, k, n = problem.m, problem.k, problem.n
+    size = DTYPES[problem.dtype].itemsize * (m * k + n * k + m * n)
+    return min(max(2, math.ceil(2 * cache_bytes(device) / size)), MOST_SETS)
 
 
 class Step:
@@ -279,23 +288,29 @@ def _ours(name: str, problem: Problem, device: torch.device) -> Step:
 
 def _strategies(problem: Problem, device: torch.device) -> str:
     """What the kernels' table gives for the problem, or what is forced on it."""
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    found = table_choice(problem, torch.cuda.get_device_capability(device), sms)
+    return ", ".join(f"{role} by {name}" for role, name in found.items())
+
+
+def table_choice(problem: Problem, capability: tuple[int, int], sms: int) -> dict[str, str]:
+    """The strategy by role that the kernels' table gives for the problem, or what is forced."""
     m, k, n, r = problem.m, problem.k, problem.n, problem.rank
-    found = []
+    found = {}
     for role, shape in (("forward", (m, n, k, r)), ("dx", (m, k, n, r))):
         try:
-            name = strategy_for(
+            found[role] = strategy_for(
                 role,
-                torch.cuda.get_device_capability(device),
+                capability,
                 DTYPES[problem.dtype],
                 Shape(*shape),
                 dropped=problem.dropout > 0,
                 tma=k % 8 == 0 and n % 8 == 0,  # fresh tensors lie on 16 bytes and more
-                sms=torch.cuda.get_device_properties(device).multi_processor_count,
+                sms=sms,
             )
         except RuntimeError:  # forced on what it does not serve, which the gate will say
-            name = "none"
-        found.append(f"{role} by {name}")
-    return ", ".join(found)
+            found[role] = "none"
+    return found
 
 
 class Work:

@@ -1,14 +1,16 @@
 """Everything that a GPU machine should be asked, in one run that stops in time.
 
 ``python benchmarks/gpu_run.py OUT --minutes 25`` from a checkout, installed or not, offline. In
-order: the environment, the GPU tests (those on large tensors first, by themselves),
-`python -m lora_kernels check`, the suites, the tuner, the report. Each stage writes to OUT as it
-ends, and what runs over its share of the time is stopped. Where a run may take ten minutes only,
-three with ``--minutes 9`` do it: ``--stages environment,large,tests,check``, then
-``linear,block,training,files,report``, then ``tune``. In OUT:
+order: a pack is adopted, if one is given; the environment, the check of every kernel, the first
+figures, the GPU tests (those on large tensors first, by themselves, then the kernels'), the suites,
+the tuner, all other GPU tests, the report. The stages that were asked for share the time by their
+weights; what one does not use, the next ones have, and what runs over its share is stopped. Where
+a run may take a few minutes only: ``--minutes 6.7 --pack PACK --stages adopt,environment,check,
+first,large,tests``, and another time ``--stages adopt,first,linear,block``. In OUT:
 
 - ``run.json``: the machine, and each stage's command, exit status and seconds, anew after each;
 - ``run.log``: what the stages printed;
+- ``check.jsonl`` and ``first.jsonl``: the check's cases and the first figures, as they came;
 - ``benchmarks.json``: the suites' rows so far, as `python -m benchmarks.report` reads them;
 - ``tuning.json`` and ``tuning.txt``: rows to paste into `lora_kernels.kernels.tuning`;
 - ``report.md`` and its plots.
@@ -36,24 +38,32 @@ SUITES = ("linear", "block", "training", "files")
 
 
 class Stage(NamedTuple):
-    """A command and the most of the remaining time that it may take.
+    """A command and its weight when the time is shared out.
 
     Attributes:
         name: for `--stages` and run.json.
         command: its arguments, run in the repository's root.
-        share: of the time that is left when it starts.
+        weight: of the time that is left, over the weights of all stages that are still to come:
+            seconds that it should have, of the 25 minutes for everything.
         stops_itself: give it `--time-limit` a little before it would be stopped.
         ending: seconds that it may take to end after its own limit, beyond the usual.
     """
 
     name: str
     command: list[str]
-    share: float
+    weight: float
     stops_itself: bool = False
     ending: float = 0.0
 
 
-def stages(out: Path, scratch: Path, more: list[str], commit: str | None, jobs: int) -> list[Stage]:
+def stages(
+    out: Path,
+    scratch: Path,
+    more: list[str],
+    commit: str | None,
+    jobs: int,
+    pack: Path | None = None,
+) -> list[Stage]:
     """All stages, in order; ``more`` are options for the suites."""
     python = [sys.executable, "-u"]
     # A warning of somebody else's new release must not end a run that cannot be had again soon.
@@ -63,26 +73,41 @@ def stages(out: Path, scratch: Path, more: list[str], commit: str | None, jobs: 
     # Most of the time goes into compiling, one kernel after the other in each process.
     spread = ["-n", str(jobs)] if importlib.util.find_spec("xdist") else []
     apart = [f"--ignore={LARGE}", f"--deselect={WHOLE_CHECK}"]
-    listed = [
-        Stage("environment", [*python, "-c", _ENVIRONMENT, *stamped], 0.2),
-        Stage("large", [*tests, LARGE], 0.15),
-        Stage("tests", [*tests, "tests", *apart, *spread], 0.3),
+    listed = []
+    if pack is not None:
+        listed.append(
+            Stage("adopt", [*python, "-m", "lora_kernels", "adopt", str(pack)], weight=15)
+        )
+    check = [*python, "-m", "lora_kernels", "check", "--jobs", str(jobs)]
+    check += ["--out", str(out / "check.jsonl")]
+    # What is in a pack need not be compiled ahead.
+    first = [*python, "-m", "benchmarks.first", "--out", str(out / "first.jsonl")]
+    first += ["--jobs", str(jobs if pack is None else 0), *stamped]
+    others = [f"--ignore={folder}" for folder in KERNELS_TESTS]
+    listed += [
+        Stage("environment", [*python, "-c", _ENVIRONMENT, *stamped], weight=20),
         # It gives what runs at its limit 20 s more, in case a kernel never ends.
-        Stage("check", [*python, "-m", "lora_kernels", "check"], 0.3, True, ending=20.0),
+        Stage("check", check, 120, stops_itself=True, ending=20.0),
+        Stage("first", first, 70 if pack is not None else 110, stops_itself=True),
+        Stage("large", [*tests, LARGE], weight=90),
+        Stage("tests", [*tests, *KERNELS_TESTS, *apart, *spread], weight=60),
     ]
-    for suite, share in zip(SUITES, (0.5, 0.4, 0.5, 0.4), strict=True):
+    for suite, weight in zip(SUITES, (300, 150, 150, 60), strict=True):
         command = [*pytest, f"benchmarks/test_{suite}.py", "--benchmark-only", "-q", *stamped]
         command += [f"--benchmark-json={scratch / suite}.json", *more]
         command += [f"--journal={scratch / suite}.jsonl"]
-        listed.append(Stage(suite, command, share, stops_itself=True))
+        listed.append(Stage(suite, command, weight, stops_itself=True))
     tune = [*python, "-m", "benchmarks.tune", "--out", str(out / "tuning.json"), *stamped]
-    listed.append(Stage("tune", [*tune, "--jobs", str(jobs)], 0.9))
+    listed.append(Stage("tune", [*tune, "--jobs", str(jobs)], weight=300))
+    listed.append(Stage("others", [*tests, "tests", *others, *spread], weight=60))
     report = [*python, "-m", "benchmarks.report", str(out / "benchmarks.json"), "--out", str(out)]
-    listed.append(Stage("report", report, 1.0))
+    listed.append(Stage("report", report, weight=30))
     return listed
 
 
-# Tests that hold much of a GPU's memory, and the one that is the next stage.
+# Where the kernels' tests lie; of them, those that hold much of a GPU's memory, and the one that is
+# a stage by itself.
+KERNELS_TESTS = ("tests/kernels", "tests/linear", "tests/proof")
 LARGE = "tests/linear/test_autograd_gpu.py"
 WHOLE_CHECK = "tests/proof/test_check.py::test_everything_on_the_gpu"
 # Run in a process of its own, so that a broken driver cannot take this one down.
@@ -93,8 +118,8 @@ device = machine.best_device()
 commit = sys.argv[2] if len(sys.argv) > 2 else None
 print(json.dumps({**machine.stamp(device, commit), "ceilings": machine.ceilings(device)}))
 """
-# Kept back from the tuner for the report.
-REPORT_SECONDS = 30.0
+# What any stage may have, however small its share: to start takes a while.
+LEAST_SECONDS = 30.0
 # Between asking a stage to stop and killing it.
 GRACE_SECONDS = 10.0
 # Of a stage's time, what it is not told of: to start and to end in.
@@ -111,20 +136,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stages", help="only these, with commas between")
     parser.add_argument("--full", action="store_true", help="the suites' every problem")
     parser.add_argument("--seconds", type=float, help="of measuring each linear and block")
+    parser.add_argument(
+        "--pack", type=Path, help="kernels that `python -m lora_kernels pack` compiled for this GPU"
+    )
     parser.add_argument("--commit", help="to stamp rows with, where git cannot tell")
     parser.add_argument(
-        "--jobs", type=int, default=8, help="processes that test, and that compile for the tuner"
+        "--jobs", type=int, default=8, help="processes that test, check and compile"
     )
     options = parser.parse_args(arguments)
     options.out = options.out.resolve()  # the stages run in the repository's root
+    if options.pack is not None:
+        options.pack = options.pack.resolve()
+        if not options.pack.is_file():
+            parser.error(f"--pack: there is no file {options.pack}")
     deadline = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as scratch:
         more = ["--full"] * options.full
         more += [] if options.seconds is None else ["--seconds", str(options.seconds)]
-        listed = stages(options.out, Path(scratch), more, options.commit, options.jobs)
+        listed = stages(
+            options.out, Path(scratch), more, options.commit, options.jobs, options.pack
+        )
         known = [stage.name for stage in listed]
         wanted = options.stages.split(",") if options.stages else known
         unknown = [name for name in wanted if name not in known]
+        if unknown == ["adopt"]:
+            parser.error("stage adopt needs a pack: --pack FILE")
         if unknown:
             parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(known)}")
         options.out.mkdir(parents=True, exist_ok=True)
@@ -135,9 +171,8 @@ def run(listed: list[Stage], out: Path, scratch: Path, deadline: float) -> int:
     """Run stages in order until the deadline (of `time.monotonic`); 0 if all went well."""
     done: dict[str, Any] = {"machine": None, "stages": []}
     (out / "run.log").write_text("", encoding="utf-8")
-    for stage in listed:
-        left = deadline - time.monotonic()
-        limit = stage.share * (left if stage.name == "report" else left - REPORT_SECONDS)
+    for number, stage in enumerate(listed):
+        limit = share([one.weight for one in listed[number:]], deadline - time.monotonic())
         record: dict[str, Any] = {"stage": stage.name, "command": _shown(stage.command)}
         done["stages"].append(record)
         if limit <= GRACE_SECONDS:
@@ -155,6 +190,11 @@ def run(listed: list[Stage], out: Path, scratch: Path, deadline: float) -> int:
         (out / "run.json").write_text(json.dumps(done, indent=1), encoding="utf-8")
         print(f"{stage.name}: {record['status']} ({record.get('seconds', 0)} s)", flush=True)
     return 0 if all(record["status"] == 0 for record in done["stages"]) else 1
+
+
+def share(weights: list[float], left: float) -> float:
+    """Seconds of the first of some stages, by weight; at least `LEAST_SECONDS` while there are."""
+    return min(left, max(weights[0] / sum(weights) * left, LEAST_SECONDS))
 
 
 def _run_stage(stage: Stage, log: Path, limit: float) -> dict[str, Any]:

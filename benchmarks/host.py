@@ -12,7 +12,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,44 +59,49 @@ def frozen(x: Tensor, w: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> None:
     torch.autograd.grad(F.linear(x, w), x, dy)
 
 
-def microseconds(call: Callable[[], None]) -> float:
+def microseconds(call: Callable[[], None], rounds: int | None = None) -> float:
     """Of the host, a call; the least of some rounds, since other processes only add to it."""
     # Without a GPU all is done in this thread, whose own time others do not disturb.
     gpu = torch.cuda.is_available()
     clock = time.perf_counter if gpu else time.thread_time
     for _ in range(3):
         call()
-    rounds = []
-    for _ in range(ROUNDS):
+    taken = []
+    for _ in range(rounds or ROUNDS):
         if gpu:
             torch.cuda.synchronize()
         begin = clock()
         for _ in range(CALLS):
             call()
-        rounds.append((clock() - begin) / CALLS * 1e6)
-    return min(rounds)
+        taken.append((clock() - begin) / CALLS * 1e6)
+    return min(taken)
 
 
-def measure() -> dict[str, float]:
-    """µs a call by name, on the GPU or on the stub, which must be active."""
+def measurements(rounds: int | None = None) -> Iterator[tuple[str, Callable[[], float]]]:
+    """Names, and what measures µs a call, on the GPU or on the stub, which must be active."""
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
     tall = operands(ROWS, WIDTH, RANK, torch.bfloat16, device)
     torchs = tall if gpu else operands(*TINY, torch.float32, device)
-    found = {
-        "frozen linear": microseconds(lambda: frozen(*torchs)),
-        "three calls": microseconds(lambda: three_calls(*torchs)),
-    }
+    yield "frozen linear", lambda: microseconds(lambda: frozen(*torchs), rounds)
+    yield "three calls", lambda: microseconds(lambda: three_calls(*torchs), rounds)
+
+    def by(forward: str, dx: str, p: float, given: list[Any]) -> float:
+        with use_backend("triton"), use_strategy(forward, dx):
+            return microseconds(lambda: ours(*given, p), rounds)
+
     for forward, dx in STRATEGIES:
         if gpu and forward == "hopper" and torch.cuda.get_device_capability()[0] != 9:
             continue
         given: list[Any] = torchs if forward == "aten" else tall
-        with use_backend("triton"), use_strategy(forward, dx):
-            found[f"{forward} + {dx}"] = microseconds(lambda given=given: ours(*given))
-            if forward != "aten":
-                name = f"{forward} + {dx}, dropout"
-                found[name] = microseconds(lambda given=given: ours(*given, 0.1))
-    return found
+        yield f"{forward} + {dx}", partial(by, forward, dx, 0.0, given)
+        if forward != "aten":
+            yield f"{forward} + {dx}, dropout", partial(by, forward, dx, 0.1, given)
+
+
+def measure() -> dict[str, float]:
+    """µs a call by name; see `measurements`."""
+    return {name: run() for name, run in measurements()}
 
 
 def use_stub(folder: str) -> None:

@@ -8,14 +8,22 @@ import pytest
 import torch
 
 from benchmarks import machine
-from benchmarks.contenders import COMPILED, CONTENDERS, FLOOR, Step, Work, build, make_inputs
+from benchmarks.contenders import (
+    COMPILED,
+    CONTENDERS,
+    FLOOR,
+    Step,
+    Work,
+    build,
+    make_inputs,
+    sets_to_rotate,
+)
 from benchmarks.gate import Gate
-from benchmarks.shapes import DTYPES, Problem, compiled_too, linear_problems
+from benchmarks.shapes import Problem, compiled_too, linear_problems
 from benchmarks.stage import Outcome, Stage, measure_together, replayed_seconds, seconds_for
 
 SECONDS = 1.2  # for all contenders of a problem
 FULL_SECONDS = 5.0
-MOST_SETS = 256
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -84,10 +92,3 @@ def measure_linear(
     for name, step in steps.items():
         outcomes[name].info |= {"path": step.path} if step.path else {}
     return outcomes
-
-
-def sets_to_rotate(problem: Problem, device: torch.device) -> int:
-    """How many sets of buffers, at least two, exceed the cache twice over."""
-    m, k, n = problem.m, problem.k, problem.n
-    size = DTYPES[problem.dtype].itemsize * (m * k + n * k + m * n)
-    return min(max(2, math.ceil(2 * machine.cache_bytes(device) / size)), MOST_SETS)

@@ -248,14 +248,20 @@ def compile_all(
 
 def compile_case(task: tuple[Case, tuple[int, int], int]) -> None:
     """Compile what a case launches, as the launch itself would, without a GPU."""
-    case, (major, minor), sms = task
+    case, capability, sms = task
+    warm_up(_launches(case, sms), capability)
+
+
+def warm_up(launches: Sequence[Launch], capability: tuple[int, int]) -> None:
+    """Compile launches into Triton's cache, without a GPU; this process launches none after it."""
+    major, minor = capability
     stand_in = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", 10 * major + minor, 32),
     )
     driver.set_active(stand_in)
-    for launch in _launches(case, sms):
+    for launch in launches:
         launch.kernel.warmup(**launch.arguments, grid=(1,), **launch.options)
 
 

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cases import Case, Tensors
+    from .cases import Case, LayerCase, Tensors
     from .closeness import ROUNDING, distance
     from .resources import Launch, launches_of, source_of
     from .workers import Lost, processors, spread
@@ -15,6 +15,7 @@ __all__ = [
     "ROUNDING",
     "Case",
     "Launch",
+    "LayerCase",
     "Lost",
     "Tensors",
     "distance",
@@ -27,6 +28,7 @@ __all__ = [
 # Imported when first used: some of it needs Triton, which may be absent.
 _HOMES = {
     "Case": "cases",
+    "LayerCase": "cases",
     "Tensors": "cases",
     "ROUNDING": "closeness",
     "distance": "closeness",

@@ -162,10 +162,15 @@ class Case:
         return made
 
     def run(self, t: Tensors) -> Tensors:
-        """Call the launcher."""
-        config, p, keep = self.config, self.dropout_p, t.get("keep")
+        """Call the launcher; masks as of `state`, an element each."""
+        if "keep" in t:
+            t = {**t, "bits": pack_bits(t["keep"])}
+        return _without_bits(self.launch(t), self.shape.k)
+
+    def launch(self, t: Tensors) -> Tensors:
+        """Call the launcher and nothing else; masks packed, as ``bits`` in ``t``."""
+        config, p, bits = self.config, self.dropout_p, t.get("bits")
         bias, seed = t.get("bias"), t.get("seed")
-        bits = None if keep is None else pack_bits(keep)
         out: dict[str, Tensor | None]
         if self.kernel in PRODUCTS:
             operands = [t["u"], t["v"]] if self.kernel == "expand" else [t[i] for i in "pquv"]
@@ -188,9 +193,7 @@ class Case:
         else:
             dtype = t["a"].dtype
             out = {"da": compute_da(t["xa"], t["x"], bits, p, dtype=dtype, config=config)}
-        return _without_bits(
-            {name: made for name, made in out.items() if made is not None}, self.shape.k
-        )
+        return {name: made for name, made in out.items() if made is not None}
 
     def state(self, t: Tensors) -> Tensors:
         """The same in plain torch, in the operands' dtype."""

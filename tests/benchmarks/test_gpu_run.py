@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def read(out):
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run, "GRACE_SECONDS", 0.2)
-    monkeypatch.setattr(gpu_run, "REPORT_SECONDS", 0.2)
+    monkeypatch.setattr(gpu_run, "LEAST_SECONDS", 0.0)
     out, scratch = tmp_path / "out", tmp_path / "scratch"
     out.mkdir()
     scratch.mkdir()
@@ -69,10 +70,40 @@ def test_each_stage_leaves_its_result_even_after_a_failure(folders):
 def test_suites_are_told_when_to_stop(folders):
     out, scratch = folders
     show = python("import sys; print(sys.argv[1:])")
-    listed = [Stage("linear", show, 0.5, stops_itself=True), Stage("tune", show, 0.5)]
+    listed = [Stage("linear", show, 1, stops_itself=True), Stage("tune", show, 1)]
     assert gpu_run.run(listed, out, scratch, time.monotonic() + 100.2) == 0
     log = (out / "run.log").read_text(encoding="utf-8")
-    assert "['--time-limit=49']" in log and "['--minutes=0.82']" in log
+    # Half, and then all that the first one left.
+    assert "['--time-limit=49']" in log and re.search(r"\['--minutes=1.6[56]'\]", log)
+
+
+def test_the_time_is_shared_among_the_stages_that_were_asked_for():
+    weights, left, had = [20.0, 120.0, 70.0, 90.0, 60.0], 540.0, []
+    for number in range(len(weights)):
+        had.append(gpu_run.share(weights[number:], left))
+        left -= had[-1]
+    assert had == pytest.approx([30, 180, 105, 135, 90]) and left == pytest.approx(0)
+    # A small one has what it takes to start, the last one no more than there is.
+    assert gpu_run.share([1.0, 99.0], 100.0) == gpu_run.LEAST_SECONDS
+    assert gpu_run.share([1.0, 99.0], 4.0) == 4.0 and gpu_run.share([1.0], -3.0) == -3.0
+
+
+def test_what_a_stage_does_not_use_the_next_ones_have(folders, monkeypatch):
+    out, scratch = folders
+    now, limits = [0.0], []
+
+    def run_stage(stage, log, limit):
+        limits.append(limit)
+        now[0] += {"first": 1.0, "large": limit, "tests": 5.0}[stage.name]
+        return {"status": 0, "seconds": 0.0}
+
+    monkeypatch.setattr(gpu_run, "_run_stage", run_stage)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    listed = [
+        Stage(name, [], weight) for name, weight in (("first", 1), ("large", 2), ("tests", 2))
+    ]
+    assert gpu_run.run(listed, out, scratch, 101.0) == 0
+    assert limits == pytest.approx([20.2, 50.0, 50.0])
 
 
 def test_a_stage_and_its_children_are_stopped(folders):
@@ -83,7 +114,7 @@ def test_a_stage_and_its_children_are_stopped(folders):
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
         f"open({str(pid)!r}, 'w').write(str(child.pid)); time.sleep(60)"
     )
-    listed = [Stage("linear", python(stubborn), 0.25), Stage("files", python("pass"), 0.9)]
+    listed = [Stage("linear", python(stubborn), 0.25), Stage("files", python("pass"), 0.75)]
     start = time.monotonic()
     assert gpu_run.run(listed, out, scratch, start + 8) == 1
     assert time.monotonic() - start < 8
@@ -154,14 +185,16 @@ def test_the_stages_and_their_order(tmp_path):
     names = [stage.name for stage in listed]
     assert names == [
         "environment",
+        "check",
+        "first",
         "large",
         "tests",
-        "check",
         "linear",
         "block",
         "training",
         "files",
         "tune",
+        "others",
         "report",
     ]
     by_name = {stage.name: " ".join(stage.command) for stage in listed}
@@ -170,7 +203,11 @@ def test_the_stages_and_their_order(tmp_path):
     file, _, name = gpu_run.WHOLE_CHECK.partition("::")
     assert (gpu_run.ROOT / gpu_run.LARGE).is_file()
     assert f"def {name}(" in (gpu_run.ROOT / file).read_text(encoding="utf-8")
-    assert "-m lora_kernels check" in by_name["check"]
+    assert "-m lora_kernels check --jobs 3 --out" in by_name["check"]
+    assert "-m benchmarks.first" in by_name["first"] and "--jobs 3" in by_name["first"]
+    for folder in gpu_run.KERNELS_TESTS:
+        assert (gpu_run.ROOT / folder).is_dir()
+        assert folder in by_name["tests"] and f"--ignore={folder}" in by_name["others"]
     for suite in gpu_run.SUITES:
         assert (gpu_run.ROOT / "benchmarks" / f"test_{suite}.py").is_file()
         assert "--full" in by_name[suite] and "--commit abc" in by_name[suite]
@@ -194,8 +231,32 @@ def test_uninstalled_from_another_folder(tmp_path):
     assert "## " in (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
 
 
+def test_a_pack_is_adopted_first_and_nothing_compiled_ahead(tmp_path, monkeypatch):
+    pack, seen = tmp_path / "kernels.pack", []
+    pack.write_bytes(b"")
+    monkeypatch.setattr(gpu_run, "run", lambda listed, *rest: seen.extend(listed) or 0)
+    arguments = ["--stages", "first,adopt,check", "--pack", str(pack)]
+    assert gpu_run.main([str(tmp_path / "out"), *arguments]) == 0
+    assert [stage.name for stage in seen] == ["adopt", "check", "first"]
+    assert seen[0].command[-2:] == ["adopt", str(pack)]
+    assert seen[2].command[-2:] == ["--jobs", "0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pack", "nowhere.pack"], "there is no file"),
+        (["--stages", "adopt,check"], "stage adopt needs a pack: --pack FILE"),
+    ],
+)
+def test_a_pack_that_is_not_there(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu_run.main([str(tmp_path / "out"), *arguments])
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_unknown_stage(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu_run.main([str(tmp_path / "out"), "--stages", "linear,magic"])
-    assert "no stage magic; there are environment, large, tests" in capsys.readouterr().err
+    assert "no stage magic; there are environment, check, first" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
