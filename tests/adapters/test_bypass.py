@@ -34,10 +34,6 @@ FAMILIES = {
     "WavLM": (HEADS, ["k_proj", "v_proj", "q_proj", "out_proj"]),
     "Deberta": (HEADS, []),
     "T5": ({"d_model": 16, "d_ff": 16, "d_kv": 8, "num_heads": 2, "num_layers": 1}, []),
-    "Jamba": (
-        {**HEADS, "num_experts": 2, "num_key_value_heads": 2, "use_mamba_kernels": False},
-        ["dt_proj"],
-    ),
 }
 
 
