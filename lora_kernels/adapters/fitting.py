@@ -86,6 +86,11 @@ def fit(
         problems += _differences(name, layers[name], pairs[name], described.get(name), fresh)
     wholes = fit_wholes(model, content, fresh, strict, adapter)
     problems += wholes.problems + _clashes(model, wholes.inserted, adapter)
+    problems += [
+        f"{name!r} has LoRA and single tokens, which would hide LoRA's part of them"
+        for name in wholes.tokens
+        if name in wanted
+    ]
     if problems:
         raise AdapterMismatchError(
             f"{path} does not fit the model; nothing was loaded.\n  " + "\n  ".join(problems)

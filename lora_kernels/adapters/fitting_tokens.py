@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .tokens import CHILD, token_refusals
-from .wholes import Slot, slots
+from .tokens import token_refusals
+from .wholes import TOKEN_ROWS, Slot, slots
 
-WEIGHT, INDEX = f".{CHILD}.weight", f".{CHILD}.index"
+WEIGHT, INDEX = f".{TOKEN_ROWS}.weight", f".{TOKEN_ROWS}.index"
 
 
 class TokenFit(NamedTuple):

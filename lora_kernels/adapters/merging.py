@@ -13,7 +13,7 @@ from ..linear.module import ACTIVE, MERGED, LoRALinear
 from .carried import lora_layers, require_lora
 from .sharding import refuse_emptied
 from .surgery import parameter_owners, refuse_root, refuse_sharded_layers, replace_modules
-from .tokens import fold_tokens, has_tokens
+from .tokens import fold_tokens, has_tokens, refuse_unfoldable
 from .wholes import keep_wholes
 
 
@@ -29,8 +29,9 @@ def merge_lora(model: nn.Module) -> list[str]:
 
     Raises:
         ValueError: the model carries no LoRA or has none in use, is inside `merged_lora` or
-            `disable_lora`, a merged weight would not be finite in its dtype, or a weight is tied,
-            sharded, emptied (DeepSpeed's ZeRO-3) or on the meta device. Nothing is changed then.
+            `disable_lora`, a merged weight or token would not be finite in its dtype, or a weight
+            is tied, sharded, emptied (DeepSpeed's ZeRO-3) or on the meta device. Nothing is changed
+            then.
     """
     layers = _mergeable(model)
     refuse_root(model)
@@ -38,6 +39,7 @@ def merge_lora(model: nn.Module) -> list[str]:
     for name, layer in layers.items():
         # All are known to be good before the first is written, without a second copy of each.
         _refuse_unmergeable(name, layer)
+    refuse_unfoldable(model)
     with torch.no_grad():
         for layer in layers.values():
             layer.weight.copy_(_merged_weight(layer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection
 from typing import Any
@@ -9,12 +10,10 @@ from typing import Any
 from torch import nn
 
 from ..linear.factors import DEFAULT
-from ..linear.module import LoRALinear
 from .fitting_tokens import INDEX, WEIGHT
 from .peft_reading import DELTA
 from .targets import strip_wrappers
-from .tokens import TokenRows
-from .wholes import is_inside, whole_slots, whole_tensors
+from .wholes import is_inside, names_inside, whole_slots, whole_tensors
 
 # By the end of a class's name; PEFT trains the heads of the first three whole by itself.
 _TASKS = {
@@ -71,12 +70,16 @@ def _saved_modules(model: nn.Module, trained: Collection[str]) -> list[str]:
     """The outermost modules of which everything is trained whole, by clean names."""
     saved: list[str] = []
     modules = {strip_wrappers(name): module for name, module in model.named_modules()}
+    # Not of state_dict: what other adapters have in a module is none of its own.
+    inside: dict[str, set[str]] = {}
+    for key in names_inside(model, [""]):
+        for name in itertools.accumulate(key.split(".")[:-1], "{}.{}".format):
+            inside.setdefault(name, set()).add(key)
     for name, module in modules.items():
-        if not name or isinstance(module, (*_CONTAINERS, LoRALinear, TokenRows)):
+        own = inside.get(name)
+        if not name or not own or isinstance(module, _CONTAINERS):
             continue
-        inside = {f"{name}.{inner}" for inner in module.state_dict()}
-        clean = {strip_wrappers(key) for key in inside}
-        if clean and clean <= set(trained) and not any(is_inside(name, other) for other in saved):
+        if own <= set(trained) and not any(is_inside(name, other) for other in saved):
             saved.append(name)
     for name, module in modules.items():
         twin = next((s for s in saved if name.endswith(s) and name not in saved), None)

@@ -20,9 +20,8 @@ from ..config import LoRAConfig
 from ..linear.factors import DEFAULT
 from .sharding import gathering, is_emptied, is_sharded, whole
 from .targets import ends_in_name, strip_wrappers
-from .wholes import insert_wholes, is_whole, slots, whole_tensors
+from .wholes import TOKEN_ROWS, insert_wholes, is_whole, slots, whole_tensors
 
-CHILD = "lora_tokens"
 _ROWS = "_lora_tokens"
 
 
@@ -83,6 +82,10 @@ def find_token_modules(model: nn.Module, config: LoRAConfig) -> dict[str, list[i
                 f"trainable_token_indices has {ending!r}, which means {matches or 'no module'}; "
                 'name one embedding, as in {"embed_tokens": [1, 2]}'
             )
+        if matches[0] in found:
+            raise ValueError(
+                f"trainable_token_indices names {matches[0]!r} twice; put its tokens into one list"
+            )
         found[matches[0]] = sorted(indices)
     return found
 
@@ -137,39 +140,54 @@ def insert_tokens(
 ) -> None:
     """Give an adapter rows of its own: ``{module: (indices, rows [T, D] or None for the base's)}``.
 
-    Of modules that are tied the first has the rows, and the others follow it. Nothing is looked at
-    here: `token_refusals` has been asked.
+    Of modules that are tied one has the rows, the first that was asked for, and the others follow
+    it. Nothing is looked at here: `token_refusals` has been asked.
     """
     modules = {strip_wrappers(name): module for name, module in model.named_modules()}
     found = slots(model)
+    done: set[int] = set()
     for name in (name for name in modules if name in tokens):
         indices, values = tokens[name]
         weight: Any = modules[name].weight
-        if _ROWS not in modules[name].__dict__:
+        rows = modules[name].__dict__.get(_ROWS)
+        if rows is None:
             rows = TokenRows(weight.shape[1], weight)
-            modules[name].add_module(CHILD, rows)
+            modules[name].add_module(TOKEN_ROWS, rows)
             for module in modules.values():
                 if getattr(module, "weight", None) is weight:
                     module.__dict__[_ROWS] = rows
                     module.register_forward_hook(_put_in, with_kwargs=True)
-        elif CHILD not in modules[name]._modules:
-            continue  # tied to one that has its rows already
+        if id(rows) in done:
+            continue  # tied to one before it
+        done.add(id(rows))
         index = torch.as_tensor(indices, dtype=torch.int64)
         order = torch.argsort(index)
         if values is None:
             original = found[f"{name}.weight"].value_of(None)
             values = whole(original.detach())[index.to(original.device)]
-        names = [f"{name}.{CHILD}.weight", f"{name}.{CHILD}.index"]
+        owner = next(n for n, m in modules.items() if m._modules.get(TOKEN_ROWS) is rows)
+        names = [f"{owner}.{TOKEN_ROWS}.weight", f"{owner}.{TOKEN_ROWS}.index"]
         insert_wholes(model, names, adapter)
         kept = whole_tensors(model, adapter)
         kept[names[0]].data = values[order.to(values.device)].to(kept[names[0]], copy=True)
         kept[names[1]].data = index[order].to(kept[names[1]].device)
 
 
+def refuse_unfoldable(model: nn.Module) -> None:
+    """Raise ValueError where `fold_tokens` would write NaN or infinity."""
+    for name, module in model.named_modules():
+        rows: Any = module._modules.get(TOKEN_ROWS)
+        if rows is not None and not torch.isfinite(rows.weight.to(module.weight.dtype)).all():
+            raise ValueError(
+                f"cannot merge the tokens of {name!r}: they hold NaN or infinity, or what is too "
+                f"large for {module.weight.dtype}"
+            )
+
+
 def fold_tokens(model: nn.Module) -> None:
     """Write the rows in use into the weights, and take them out."""
     for module in list(model.modules()):
-        rows: Any = module._modules.get(CHILD)
+        rows: Any = module._modules.get(TOKEN_ROWS)
         if isinstance(rows, TokenRows) and len(rows.index):
             with torch.no_grad():
                 module.weight[rows.index] = rows.weight.to(module.weight.dtype)  # type: ignore
@@ -188,8 +206,8 @@ def drop_tokens(model: nn.Module, *, unused: bool = False) -> None:
         if rows is None or (unused and is_whole(rows)):
             continue
         del module.__dict__[_ROWS]
-        if isinstance(module._modules.get(CHILD), TokenRows):
-            del module._modules[CHILD]
+        if isinstance(module._modules.get(TOKEN_ROWS), TokenRows):
+            del module._modules[TOKEN_ROWS]
         for key in [k for k, hook in module._forward_hooks.items() if hook is _put_in]:
             del module._forward_hooks[key]
             module._forward_hooks_with_kwargs.pop(key, None)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..linear.factors import DEFAULT, LoRA
@@ -23,6 +24,8 @@ from .sharding import gathering, is_emptied, is_sharded, reshard
 from .targets import strip_wrappers
 
 _ASIDE = "_lora_aside"
+# The child of an embedding or a head in which `tokens` keeps rows: an adapter's, not the module's.
+TOKEN_ROWS = "lora_tokens"
 
 
 @dataclass
@@ -145,9 +148,14 @@ def whole_values(model: nn.Module) -> list[Tensor]:
 
 
 def names_inside(model: nn.Module, modules: Iterable[str]) -> list[str]:
-    """Names of the parameters and saved buffers inside of modules (by their own names)."""
+    """Names of the parameters and saved buffers inside of modules (by their own names), without the
+    single tokens that an adapter trains there."""
     clean = tuple(strip_wrappers(name) for name in modules)
-    return [name for name in slots(model) if any(is_inside(name, module) for module in clean)]
+    return [
+        name
+        for name in slots(model)
+        if TOKEN_ROWS not in name.split(".") and any(is_inside(name, module) for module in clean)
+    ]
 
 
 def is_inside(name: str, module: str) -> bool:
@@ -211,12 +219,16 @@ def use_wholes(model: nn.Module, adapters: Collection[str]) -> None:
     """Register what one of the adapters has, and the base's where none has anything.
 
     Raises:
-        ValueError: two of them have a value of the same parameter, or what would have to change
-            places is sharded. Nothing is changed then.
+        ValueError: two of them have a value of the same parameter, or one of single tokens in it,
+            or what would have to change places is sharded. Nothing is changed then.
     """
     wanted: list[tuple[Slot, str | None]] = []
-    for name, slot in whole_slots(model).items():
+    found = whole_slots(model)
+    for name, slot in found.items():
         having = [adapter for adapter in adapters if slot.aside.has(adapter)]
+        rows = found.get(f"{name.rpartition('.')[0]}.{TOKEN_ROWS}.weight")
+        if rows is not None and any(not slot.is_frozen(adapter) for adapter in having):
+            having += [a for a in adapters if a not in having and rows.aside.has(a)]
         if len(having) > 1:
             raise ValueError(
                 f"{having[0]!r} and {having[1]!r} both train {name!r} whole, and it can have one "
@@ -285,7 +297,8 @@ def _use(slot: Slot, adapter: str | None) -> None:
         return
     new = aside.others.pop(adapter)
     if (new.device, new.dtype) != (value.device, value.dtype):  # the model has been moved or cast
-        new.data = new.data.to(value.device, value.dtype)
+        with torch.inference_mode(False):  # it may be trained later
+            new.data = new.data.to(value.device, value.dtype)
     aside.others[aside.using] = value
     aside.using = adapter
     setattr(slot.module, slot.attribute, new)

@@ -25,6 +25,7 @@ from lora_kernels import (
     merged_lora,
     remove_lora,
     save_lora,
+    use_lora,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -329,3 +330,47 @@ def test_damaged_files_change_nothing(tmp_path, damage):
         load_lora(model, tmp_path)
     assert_untouched(model, before)
     assert (tmp_path / CONFIG).exists()
+
+
+@pytest.mark.parametrize("loading", [False, True])
+def test_a_further_adapter_may_ask_for_them_by_the_head_that_is_tied(tmp_path, loading):
+    model = adapted(asked={"embed_tokens": [9]})
+    settings = {"asked": {"lm_head": [3, 40]}}
+    expected = adapted(**settings)
+    save_lora(expected, tmp_path / "fr.safetensors")
+    if loading:
+        load_lora(model, tmp_path / "fr.safetensors", name="fr")
+    else:
+        tokens = {"trainable_token_indices": {"lm_head": [3, 40]}}
+        apply_lora(model, 4, alpha=8, target_modules=LAYER, name="fr", verbose=False, **tokens)
+        fill(lora_parameters(model, "fr"))
+    before = logits(model)
+    state, wanted = lora_state_dict(model, "fr"), lora_state_dict(expected)
+    assert state["model.embed_tokens.lora_tokens.index"].tolist() == [3, 40]
+    rows = state["model.embed_tokens.lora_tokens.weight"]
+    assert rows.shape == wanted["lm_head.lora_tokens.weight"].shape and rows.any(dim=1).all()
+    with use_lora(model, "fr"):
+        assert not torch.equal(logits(model), before)
+        if loading:
+            torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-6)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_module_that_two_names_mean_is_refused():
+    model = llm(True)
+    twice = {"embed_tokens": [1], "model.embed_tokens": [2]}
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="names 'model.embed_tokens' twice"):
+        apply_lora(model, 4, target_modules=LAYER, trainable_token_indices=twice, verbose=False)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("value", [1e6, float("inf")])
+def test_rows_too_large_for_the_weight_are_not_merged(value):
+    model = adapted().half()
+    with torch.no_grad():
+        model.model.embed_tokens.lora_tokens.weight.data = torch.full((3, 32), value)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="cannot merge the tokens of 'model.embed_tokens'"):
+        merge_lora(model)
+    assert_untouched(model, before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from several import fill
@@ -40,9 +42,13 @@ WHOLE = {
 }
 
 
-def headed(seed=0):
+def base(seed=0):
     torch.manual_seed(seed)
-    model = Headed()
+    return Headed()
+
+
+def headed(seed=0):
+    model = base(seed)
     for name, settings in WHOLE.items():
         apply_lora(model, 2, name=name, verbose=False, **settings)
         fill(model, name)
@@ -215,3 +221,64 @@ def test_tokens_and_lora_on_one_module_are_refused():
     with pytest.raises(ValueError, match="'lm_head' has single tokens that another adapter trains"):
         apply_lora(model, 2, target_modules=["lm_head"], name="fr", verbose=False)
     assert_untouched(model, before)
+
+
+def test_one_trains_tokens_of_what_another_trains_whole(tmp_path):
+    model = base()
+    for name, settings in (("fr", WHOLE["fr"]), ("de", {"modules_to_save": ["embed"]})):
+        apply_lora(model, 2, name=name, verbose=False, **{"target_modules": ["q"], **settings})
+        fill(model, name)
+        use_lora(model, None)  # the next one begins while the tokens are not in use, too
+    assert [k for k in lora_state_dict(model, "de") if "lora." not in k] == ["embed.weight"]
+    answers = {}
+    for name in ("fr", "de"):
+        use_lora(model, name)
+        answers[name] = model(IDS)
+        for kind in KINDS:
+            save_lora(model, tmp_path / f"{name}{kind}", name=name)
+            fresh = base()
+            load_lora(fresh, tmp_path / f"{name}{kind}")
+            torch.testing.assert_close(fresh(IDS), answers[name], rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="'de' and 'fr' both train 'embed.weight' whole"):
+        use_lora(model, ["fr", "de"])
+    assert torch.equal(model(IDS), answers["de"])
+
+
+def test_pefts_files_say_that_a_module_is_whole_on_which_another_has_lora(tmp_path):
+    model = base()
+    apply_lora(model, 2, target_modules=["lm_head"], verbose=False)
+    settings = {"target_modules": ["q"], "modules_to_save": ["lm_head"]}
+    apply_lora(model, 2, name="fr", verbose=False, **settings)
+    fill(model, "fr")
+    use_lora(model, "fr")
+    save_lora(model, tmp_path / "fr", name="fr")
+    config = json.loads((tmp_path / "fr" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["lm_head"]
+    fresh = base()
+    load_lora(fresh, tmp_path / "fr")  # warnings are errors
+    torch.testing.assert_close(fresh(IDS), model(IDS), rtol=1e-12, atol=1e-12)
+
+
+def test_an_adapter_put_in_place_without_gradients_can_be_trained():
+    model = headed()
+    use_lora(model, "tone")
+    model.float()
+    with torch.inference_mode():
+        use_lora(model, "default")
+    mark_only_lora_as_trainable(model)
+    model(IDS).square().sum().backward()
+    assert model.lm_head.weight.dtype == torch.float32 and model.lm_head.weight.grad is not None
+
+
+def test_a_file_with_lora_and_tokens_on_one_module_is_refused(tmp_path):
+    model = base()
+    apply_lora(model, 2, target_modules=["lm_head"], verbose=False)
+    state = lora_state_dict(model)
+    state["lm_head.lora_tokens.weight"] = torch.ones(1, 8)
+    state["lm_head.lora_tokens.index"] = torch.tensor([1])
+    torch.save(state, tmp_path / "both.pth")
+    bare = base()
+    before = snapshot(bare)
+    with pytest.raises(AdapterMismatchError, match="'lm_head' has LoRA and single tokens"):
+        load_lora(bare, tmp_path / "both.pth")
+    assert_untouched(bare, before)
