@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..linear.factors import DEFAULT
-from .reading import BESIDE
+from .reading import beside
 from .sharding import is_sharded
 from .storage import save_lora
 from .surgery import lora_parameters
@@ -27,16 +27,17 @@ class LoRACallback(TrainerCallback):
 
     Args:
         name: of the file (``.safetensors`` or ``.pth``), or without a suffix of a directory in
-            PEFT's format. `load_lora` finds the default by itself, of another give it the path.
-        adapter: the name of the one that is saved.
+            PEFT's format. By default ``lora.safetensors``, or ``lora.<adapter>.safetensors`` of an
+            adapter that has a name: `load_lora` finds these by itself, of another give it the path.
+        adapter: the name of the one that is saved; of several give a callback for each.
 
     Raises:
         ValueError: at the beginning of training where the model carries no such adapter; and as
             `save_lora`.
     """
 
-    def __init__(self, name: str = BESIDE, adapter: str = DEFAULT) -> None:
-        self.name, self.adapter = name, adapter
+    def __init__(self, name: str | None = None, adapter: str = DEFAULT) -> None:
+        self.name, self.adapter = beside(adapter) if name is None else name, adapter
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         lora_parameters(kwargs["model"], self.adapter)

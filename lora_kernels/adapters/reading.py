@@ -23,12 +23,10 @@ from .content import Content, RenamedTensors
 from .peft_reading import CONFIG, TENSORS, holds_peft_files, read_directory
 from .targets import strip_wrappers
 from .tensor_files import LazyTensors, read_checkpoint, read_pickled
-from .wording import shortened
+from .wording import listed, shortened
 
 SUFFIXES = {"A": ".lora.A.weight", "B": ".lora.B.weight"}
 METADATA, VERSION = "lora_kernels", 1
-# The adapter that lies beside a checkpoint of the whole model.
-BESIDE = "lora.safetensors"
 # Keys of a model's state dict: adapters that have a name, and the one that was given none.
 _OF_OTHERS = re.compile(r"\.loras\.([^.]+)\.([AB]\.weight)$")
 _OF_DEFAULT = re.compile(r"\.lora\.[AB]\.weight$")
@@ -84,6 +82,11 @@ def holds_adapter(path: str | os.PathLike[str]) -> bool:
     return any(key.endswith(tuple(SUFFIXES.values())) for key in _read(Path(path), None)[0])
 
 
+def beside(adapter: str) -> str:
+    """The name of the file beside a checkpoint of the whole model in which an adapter lies."""
+    return "lora.safetensors" if adapter == DEFAULT else f"lora.{adapter}.safetensors"
+
+
 def kind_of(path: Path) -> str:
     """``"torch"``, ``"safetensors"`` or ``"directory"``: what the path says it is or shall be."""
     if path.is_dir() or not (path.suffix or path.exists()):
@@ -122,16 +125,21 @@ def _read_directory(directory: Path, adapter: str | None) -> tuple[dict[str, Any
         state, content = read_directory(directory)
         whole, copies = without_wrappers(content.whole), without_wrappers(content.copies)
         return without_wrappers(state), replace(content, whole=whole, copies=copies)
-    if (directory / BESIDE).is_file():
-        return _read(directory / BESIDE, adapter)
-    checkpoint = read_checkpoint(directory)
-    if checkpoint is not None:
-        checkpoint = _of_one(checkpoint, adapter)
-        if any(key.endswith(SUFFIXES["A"]) for key in checkpoint):
-            return _sorted(checkpoint, None)
+    own = directory / beside(adapter or DEFAULT)
+    if own.is_file():
+        return _read(own, adapter)
+    checkpoint = read_checkpoint(directory) or {}
+    named = any(match[1] == adapter for key in checkpoint if (match := _OF_OTHERS.search(key)))
+    if (directory / beside(DEFAULT)).is_file() and not named:
+        return _read(directory / beside(DEFAULT), adapter)
+    checkpoint = _of_one(checkpoint, adapter)
+    if any(key.endswith(SUFFIXES["A"]) for key in checkpoint):
+        return _sorted(checkpoint, None)
+    others = [p.name for p in sorted(directory.glob(beside("*"))) if p.name.count(".") == 2]
+    hint = f"; {listed(others)} is, give load_lora its name or its path" if others else ""
     raise FileNotFoundError(
-        f"no adapter at {directory}: neither {TENSORS} nor {CONFIG} is there, nor {BESIDE}, nor a "
-        f"checkpoint with keys that end in {SUFFIXES['A']}; check the path"
+        f"no adapter at {directory}: neither {TENSORS} nor {CONFIG} is there, nor {own.name}, nor "
+        f"a checkpoint with keys that end in {SUFFIXES['A']}{hint or '; check the path'}"
     )
 
 
@@ -172,8 +180,8 @@ def _sorted(state: Mapping[str, Any], metadata: str | None) -> tuple[dict[str, A
     adapted = [key.removesuffix(SUFFIXES["A"]) for key in own if key.endswith(SUFFIXES["A"])]
     if metadata is not None:
         described, whole, copies = _described(metadata)
-        listed = {*whole, *copies}
-        strange = {clean: state[key] for clean, key in rest.items() if clean not in listed}
+        said = {*whole, *copies}
+        strange = {clean: state[key] for clean, key in rest.items() if clean not in said}
         return {**own, **strange}, Content(
             described=described,
             whole={clean: state[key] for clean, key in rest.items() if clean in whole},

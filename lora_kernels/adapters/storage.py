@@ -155,10 +155,12 @@ def load_lora(
         path: a file that `save_lora` wrote, a ``.pth`` of the same keys, or a directory with
             PEFT's ``adapter_model.safetensors`` (or ``.bin``) and ``adapter_config.json``. Also a
             checkpoint of the whole model with LoRA in it (``save_pretrained``, Trainer's
-            ``checkpoint-<step>``): A and B are taken out of it, its other tensors are passed over.
-            In such a directory ``lora.safetensors`` of `LoRACallback` comes first, which knows
-            alpha; the checkpoint does not, and on a model without LoRA it loads with scale 1.
-            Of a checkpoint that holds several, the one of this name is taken, or else ``default``.
+            ``checkpoint-<step>``): A and B are taken out of it, and what the model trains whole,
+            or a classifier's head; its other tensors are passed over. In such a directory
+            ``lora.safetensors`` of `LoRACallback` comes first (``lora.<name>.safetensors`` of
+            another adapter), which knows alpha; the checkpoint does not, and on a model without
+            LoRA it loads with scale 1. Of a checkpoint that holds several, the one of this name is
+            taken, or else ``default``; what they train whole is there of those in use alone.
         strict: demand that the file and the model's adapter have the same modules. If false,
             modules on one side only are left alone; shapes must fit still.
         name: of the adapter in the model. Files do not hold it.
@@ -197,8 +199,9 @@ def load_lora(
             ) from None
         if content.base and not content.described:
             warnings.warn(
-                f"{path} is a checkpoint of the whole model, which does not say alpha: A and B "
-                "were loaded with scale 1; call apply_lora with the alpha of the training first",
+                f"{path} is a checkpoint of the whole model, which says neither alpha nor "
+                "modules_to_save: A and B were loaded with scale 1, and nothing whole but a "
+                "classifier's head; call apply_lora with the settings of the training first",
                 stacklevel=2,
             )
     insert_wholes(model, wholes.inserted, name, frozen=wholes.frozen)

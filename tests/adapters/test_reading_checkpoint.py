@@ -31,7 +31,7 @@ def saved(directory, **settings):
 
 @pytest.fixture
 def quiet_scale():
-    with pytest.warns(UserWarning, match="does not say alpha.*scale 1"):
+    with pytest.warns(UserWarning, match="says neither alpha.*scale 1"):
         yield
 
 

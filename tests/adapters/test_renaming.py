@@ -122,7 +122,7 @@ def test_a_checkpoint_that_is_saved_under_older_names(tmp_path):
     keys = load_file(tmp_path / "whole" / "model.safetensors").keys()
     assert any(key.startswith("language_model.model.") and ".lora." in key for key in keys)
     target = llava()
-    with pytest.warns(UserWarning, match="does not say alpha"):
+    with pytest.warns(UserWarning, match="says neither alpha"):
         load_lora(target, tmp_path / "whole")
     assert same(target, source)
 

@@ -129,7 +129,7 @@ def test_out_of_a_checkpoint_comes_the_one_asked_for(tmp_path, kind):
         torch.testing.assert_close(lora_state_dict(other, name), state, rtol=0, atol=0)
     # By a name that the checkpoint does not hold it is the default one.
     other = bare(model)
-    with pytest.warns(UserWarning, match="does not say alpha"):
+    with pytest.warns(UserWarning, match="says neither alpha"):
         assert load_lora(other, path, name="mine") == ON["default"]
     assert list(read_adapter(path)[0]) == ON["default"]
 
@@ -158,18 +158,42 @@ def test_a_checkpoint_without_a_default_one(tmp_path):
     assert load_lora(other, path, name="tone") == ON["tone"]
 
 
-def test_the_callback_saves_the_one_that_it_was_given(tmp_path):
+def test_callbacks_save_the_ones_that_they_were_given(tmp_path):
     pytest.importorskip("transformers")
     from types import SimpleNamespace
 
     from lora_kernels import LoRACallback
 
-    model = carrying("default", "fr")
-    callback = LoRACallback(adapter="fr")
+    model = carrying()
     args = SimpleNamespace(output_dir=str(tmp_path))
     state = SimpleNamespace(global_step=1, is_world_process_zero=True)
-    callback.on_train_begin(args, state, None, model=model)
-    callback.on_train_end(args, state, None, model=model)
-    assert sorted(read_adapter(tmp_path)[0]) == sorted(ON["fr"])
+    for callback in (LoRACallback(adapter="fr"), LoRACallback()):
+        callback.on_train_begin(args, state, None, model=model)
+        callback.on_train_end(args, state, None, model=model)
+    for name in ("fr", "default"):
+        other = bare(model)
+        assert load_lora(other, tmp_path, name=name) == ON[name]
+        use_lora(model, name)
+        torch.testing.assert_close(other(IDS), model(IDS), rtol=1e-12, atol=1e-12)
+    assert load_lora(bare(model), tmp_path, name="mine") == ON["default"]
+    (tmp_path / "lora.safetensors").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"nor lora\.safetensors.*; lora\.fr\.safetensors is,"
+    ):
+        load_lora(bare(model), tmp_path)
     with pytest.raises(ValueError, match="no adapter named 'de'"):
         LoRACallback(adapter="de").on_train_begin(args, state, None, model=model)
+
+
+def test_the_default_one_beside_a_checkpoint_is_not_taken_for_another_in_it(tmp_path):
+    from safetensors.torch import save_model
+
+    model = carrying()
+    save_model(model, str(tmp_path / "model.safetensors"))
+    save_lora(model, tmp_path / "lora.safetensors")
+    for name in ("fr", "default"):
+        other = carrying(name, seed=1)
+        assert load_lora(other, tmp_path, name=name) == ON[name]
+        state = lora_state_dict(model, name)
+        torch.testing.assert_close(lora_state_dict(other, name), state, rtol=0, atol=0)
+    assert load_lora(bare(model), tmp_path, name="mine") == ON["default"]  # warnings are errors

@@ -215,7 +215,7 @@ def test_out_of_a_checkpoint(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path)
     fresh = llm(True)
-    with pytest.warns(UserWarning, match="does not say alpha"):
+    with pytest.warns(UserWarning, match="says neither alpha"):
         load_lora(fresh, tmp_path)
     rows = fresh.model.embed_tokens.lora_tokens
     assert torch.equal(rows.weight, model.model.embed_tokens.lora_tokens.weight)
