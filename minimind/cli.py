@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -107,7 +108,11 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run the command; returns its exit code.
+
+    0, 2 for a user's mistake, 1 where the system refused something, 130, 143 or 129 when stopped by
+    Ctrl-C, SIGTERM or SIGHUP.
+    """
     options = build_parser().parse_args(arguments)
     # Read by the tokenizers library when worker processes fork; it warns at length without.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -131,18 +136,23 @@ def _run(options: argparse.Namespace) -> int:
     # Here and below: torch and transformers take seconds to import, `--help` should not.
     from .training.loop import TrainingError
     from .training.prepare import UsageError
+    from .training.report import silence
 
     try:
         options.run(options)
+        sys.stdout.flush()  # here its errors are ours to tell
     except (UsageError, TrainingError) as error:
         print(f"minimind {options.command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        return 128 + getattr(error, "signum", signal.SIGINT)
     except BrokenPipeError:
-        # The reader of our output went away (`| head`); nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)  # its reader went away (`| head`); nothing more can be said to it
         return 141
+    except OSError as error:
+        silence(sys.stdout)
+        print(f"minimind {options.command}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 try:
@@ -63,7 +63,7 @@ def staged(out: Path, check: Callable[[Path], object] | None = None) -> Iterator
         release(lock)
 
 
-def clear_up(out: Path, names: Iterable[str] = ()) -> list[str]:
+def clear_up(out: Path, names: Sequence[str] = ()) -> list[str]:
     """Undo what killed writers of ``out`` began; what was found, as sentences.
 
     Args:
@@ -75,34 +75,44 @@ def clear_up(out: Path, names: Iterable[str] = ()) -> list[str]:
     for home in (out, out.parent):
         pattern = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{16}}\.staging")
         for room in [p for p in _entries(home) if pattern.fullmatch(p.name) and p.is_dir()]:
-            lock = hold(room)
+            try:
+                lock = hold(room)
+            except BlockingIOError:
+                continue  # its writer lives
             if lock is None:
-                continue  # its writer lives, or there are no locks here to tell
+                continue  # it may live
             try:
                 _undo(room, out, inside=home is out)
                 shutil.rmtree(room, ignore_errors=True)
             finally:
                 release(lock)
             said.append(f"cleared away {room}, which a killed run had left unfinished")
-    if names := list(names):
-        temporary = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.[\w-]+")
-        for file in [p for p in _entries(out) if temporary.fullmatch(p.name) and p.is_file()]:
-            file.unlink(missing_ok=True)
-            said.append(f"cleared away {file}, which a killed run had left unfinished")
+    for file in [p for p in _entries(out) if is_temporary(p.name, names) and p.is_file()]:
+        file.unlink(missing_ok=True)
+        said.append(f"cleared away {file}, which a killed run had left unfinished")
     return said
 
 
-def hold(directory: Path) -> int | None:
-    """A lock on ``directory`` that ends with this process, or None where somebody has it.
+def is_temporary(name: str, names: Iterable[str]) -> bool:
+    """Whether a file's ``name`` is of what `write_atomically` begins one of ``names`` with."""
+    return any(re.fullmatch(rf"\.{re.escape(whole)}\.[\w-]+", name) for whole in names)
 
-    None, too, where the system or the disk knows no such locks.
+
+def hold(directory: Path) -> int | None:
+    """A lock on ``directory`` that ends with this process; None where there are no such locks.
+
+    Raises:
+        BlockingIOError: somebody has it.
     """
     if fcntl is None:
         return None
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # a disk that knows none
         os.close(descriptor)
         return None
     return descriptor

@@ -14,8 +14,9 @@ from ..files import clear_up, staged
 from ..model.checkpoint import load_adapter, save_model
 from ..model.transformer import MiniMindLM
 from ..settings import Settings
+from ..training.directory import unused
 from ..training.loop import DTYPES
-from ..training.prepare import load_base, unused, user_errors
+from ..training.prepare import load_base, user_errors
 from ..training.report import command_line
 
 

@@ -7,15 +7,14 @@ import json
 import platform
 import shlex
 import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from lora_kernels import __version__, explain, lora_layers, lora_state_dict, save_lora
 from lora_kernels.adapters import write_atomically
@@ -23,28 +22,33 @@ from lora_kernels.adapters import write_atomically
 from ..data.sft import SFTDataset
 from ..data.tokenizer import TOKENIZER_DIRECTORY, save_tokenizer
 from ..data.turns import TEXT, Sample
-from ..files import staged
+from ..files import release, staged
 from ..model.checkpoint import save_model
 from ..model.generate import answer
 from ..model.transformer import MiniMindLM
-from .loop import Progress, evaluate
-from .prepare import ADAPTER, RESUME, RUN, Job
+from .directory import ADAPTER, RESUME, RUN
+from .loop import Progress, TrainingError, evaluate
+from .prepare import Job
 from .report import (
     ANSWERS,
     METRICS,
     PLOT,
     Report,
     Side,
-    append,
     command_line,
     compare,
     plot_loss,
     program,
-    read_metrics,
+    say,
+    warn,
+    write_rows,
     written,
 )
+from .stopping import Stop, Stopped, stoppable
 
 MOST_ANSWERED = 100
+# torch's writer raises RuntimeError, safetensors' its own, where the system says OSError.
+DISK_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def run(job: Job) -> None:
@@ -53,58 +57,76 @@ def run(job: Job) -> None:
     Of several processes all call it; the first prints and writes.
 
     Raises:
-        TrainingError: the loss is not finite.
-        KeyboardInterrupt: after a resume point has been written.
+        TrainingError: the loss is not finite, or the outcome cannot be written.
+        Stopped: by Ctrl-C, SIGTERM or SIGHUP, after a resume point has been written.
     """
-    print(describe(job), flush=True)
-    first = job.processes.first
+    try:
+        with stoppable() as stop:
+            _run(job, stop)
+    finally:
+        release(job.lock)
+
+
+def _run(job: Job, stop: Stop) -> None:
+    say(describe(job))
     questions, expected = heldout_questions(job.heldout)
     prompts = [question[-1]["content"] for question in questions]
     try:
         before = job.resumed["before"] if job.resumed else look(job, questions, "before")
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             job.out.rmdir()  # still empty: nobody need clean up after a run that never began
+        if isinstance(error, KeyboardInterrupt):
+            say(f"\nstopped ({error}) before training began")
         raise
-    metrics = job.out / METRICS
-    if first:
-        write_json(job.out / RUN, resolved(job))
-        if not job.resumed:
-            append(metrics, {"event": "before", **_losses(before)})
     every, trainer = job.settings.save_interval, job.trainer
     report = None
-    if first:
-        report = Report(job.out, trainer.step, trainer.total_steps, job.settings.log_interval)
+    with _outcome(job, "run.json"):
+        if job.processes.first:
+            write_json(job.out / RUN, resolved(job))
+    if job.processes.first:
+        total, interval = trainer.total_steps, job.settings.log_interval
+        report = Report(job.out, trainer.step, total, interval, *_records(job, before))
     agreed = not job.processes.several
 
     try:
-        with report or contextlib.nullcontext(), deferred_interrupt() as interrupted:
+        with report or contextlib.nullcontext(), stop.deferred():
 
             def after_step(progress: Progress) -> None:
                 nonlocal agreed
                 if report is not None:
                     report.step(progress)
                 if every and progress.step % every == 0:
-                    save_resume_point(job, before)
-                if job.processes.any(interrupted.is_set()):
+                    save_resume_point(job, before, report)
+                if job.processes.any(stop.signum != 0):
+                    signum = max(job.processes.gather(stop.signum))
                     agreed = True
-                    raise KeyboardInterrupt
+                    raise Stopped(signum)
 
             trainer.run(after_step)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if trainer.updating or not agreed:
-            print("\nstopped within a step; the last resume point, if there is one, stands")
+            say("\nstopped within a step; the last resume point, if there is one, stands")
             raise
-        save_resume_point(job, before)
-        launcher = job.processes.launcher(program())
-        again = f"{launcher} {job.command} --resume {shlex.quote(str(job.out))}"
-        again += " --parallel fsdp" if job.processes.sharded else ""
-        print(f"\nstopped; go on with: {again}")
+        saved = save_resume_point(job, before, report)
+        say(f"\nstopped{_by(error)}; " + (f"go on with: {_again(job)}" if saved else _left(job)))
         raise
-    save_weights(job)
-    after = look(job, questions, "after")
-    if first:
-        write_results(job, prompts, expected, before, after)
+    try:
+        if every and trainer.total_steps % every:
+            save_resume_point(job, before, report)  # what follows can be done again
+        with _outcome(job, "the trained weights"):
+            save_weights(job)
+        after = look(job, questions, "after")
+        with _outcome(job, "the results"):
+            if report is not None:
+                write_results(job, prompts, expected, before, after, report)
+    except KeyboardInterrupt as error:
+        say(f"\nstopped{_by(error)} after training; {_left(job)}")
+        raise
+    if job.processes.first:
+        say("\nbefore -> after")
+        say(compare(Side(**before), Side(**after), prompts, expected))
+        say(closing(job))
 
 
 def write_results(
@@ -113,42 +135,67 @@ def write_results(
     expected: list[str],
     before: dict[str, Any],
     after: dict[str, Any],
+    report: Report,
 ) -> None:
-    """Write what the run came to, print it, and take the resume point away."""
-    metrics = job.out / METRICS
-    append(metrics, {"event": "after", **_losses(after)})
-    for row in zip(prompts, expected, before["answers"], after["answers"], strict=True):
-        append(
-            job.out / ANSWERS,
-            dict(zip(("prompt", "expected", "before", "after"), row, strict=True)),
-        )
+    """Write what the run came to, each file whole, and at last take the resume point away."""
+    if not (job.out / RUN).is_file():
+        write_json(job.out / RUN, resolved(job))
+    names = ("prompt", "expected", "before", "after")
+    rows = list(zip(prompts, expected, before["answers"], after["answers"], strict=True))
+    if rows:
+        write_rows(job.out / ANSWERS, (dict(zip(names, row, strict=True)) for row in rows))
+    report.rows.append({"event": "after", **_losses(after)})
+    report.write()
+    plot_loss(report.rows, job.out / PLOT, f"minimind {job.command}: {job.settings.data}")
     (job.out / RESUME).unlink(missing_ok=True)
-    plot_loss(read_metrics(metrics), job.out / PLOT, f"minimind {job.command}: {job.settings.data}")
-    print("\nbefore -> after")
-    print(compare(Side(**before), Side(**after), prompts, expected))
-    print(closing(job))
+
+
+def _records(job: Job, before: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Progress]]:
+    """The records of metrics.jsonl up to where the run stands, and the steps since the last."""
+    if not job.resumed:
+        return [{"event": "before", **_losses(before)}], []
+    state = job.resumed["report"]
+    return state["rows"], [Progress(**step) for step in state["pending"]]
+
+
+def _by(error: KeyboardInterrupt) -> str:
+    by = getattr(error, "signum", signal.SIGINT)
+    return "" if by == signal.SIGINT else f" by {signal.Signals(by).name}"
+
+
+def _again(job: Job) -> str:
+    launcher = job.processes.launcher(program())
+    again = f"{launcher} {job.command} --resume {shlex.quote(str(job.out))}"
+    return again + (" --parallel fsdp" if job.processes.sharded else "")
+
+
+def _left(job: Job) -> str:
+    """What can be done with what is on the disk."""
+    if (job.out / RESUME).is_file():
+        return f"the last resume point stands, go on with: {_again(job)}"
+    return "there is no resume point"
 
 
 @contextlib.contextmanager
-def deferred_interrupt() -> Iterator[threading.Event]:
-    """Note the first Ctrl-C instead of raising, so that no optimizer step is cut in two.
+def _outcome(job: Job, what: str) -> Iterator[None]:
+    """Say what could not be written, and how to go on. An exchange.
 
-    The second one raises at once.
+    Raises:
+        TrainingError: in every process.
     """
-    noted = threading.Event()
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
-        noted.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield noted  # only the main thread may set handlers, and only it gets Ctrl-C
-        return
-    before = signal.signal(signal.SIGINT, note)
     try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
+        with job.processes.together():
+            try:
+                yield
+            except DISK_ERRORS as error:
+                raise TrainingError(
+                    f"{what} could not be written to {job.out} ({error}); make room there, or make "
+                    f"it writable; {_left(job)}"
+                ) from error
+    except ValueError as error:
+        if isinstance(error, TrainingError) or not job.processes.several:
+            raise
+        raise TrainingError(str(error)) from None  # what another process says
 
 
 def describe(job: Job) -> str:
@@ -253,7 +300,7 @@ def look(job: Job, questions: list[Sample], when: str) -> dict[str, Any]:
     The processes share the losses. Each gives all the answers, in the very batches of one process:
     other ones would round otherwise, and a greedy answer can hang on the last bit.
     """
-    print(f"evaluating {when} training ...", flush=True)
+    say(f"evaluating {when} training ...")
 
     def loss(dataset: SFTDataset | None) -> float | None:
         if dataset is None:
@@ -315,13 +362,28 @@ def save_weights(job: Job) -> None:
             save_tokenizer(job.tokenizer, stage)
 
 
-def save_resume_point(job: Job, before: dict[str, Any]) -> None:
-    """Write all that an unbroken continuation needs. Of several processes, all call it."""
+def save_resume_point(job: Job, before: dict[str, Any], report: Report | None) -> bool:
+    """Write all that an unbroken continuation needs. Of several processes, all call it.
+
+    Returns:
+        Whether it was written; a warning has been printed where not.
+    """
     weights = lora_state_dict(job.model) if job.lora else job.model.state_dict()
     state = {
         "weights": job.processes.whole(weights),
         "trainer": job.trainer.state_dict(),
         "before": before,
     }
-    if job.processes.first:
+    if report is None:
+        return True
+    state["report"] = report.state_dict()
+    try:
+        if not (job.out / RUN).is_file():
+            warn(f"{job.out} was moved or deleted while the run used it; it is made anew")
+            write_json(job.out / RUN, resolved(job))
+            report.write()
         write_atomically(job.out / RESUME, lambda temporary: torch.save(state, temporary))
+    except DISK_ERRORS as error:
+        warn(f"no resume point of step {job.trainer.step} could be written ({error}); {_left(job)}")
+        return False
+    return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -30,11 +29,12 @@ from ..model.checkpoint import load_adapter, load_model
 from ..model.config import LMConfig
 from ..model.transformer import MiniMindLM
 from ..settings import Settings
+from .directory import ADAPTER, RESUME, RUN, claim_directory, left_over
 from .loop import DTYPES, Trainer, best_dtype
 from .parallel import ALONE, Processes
+from .report import warn
 
 BASE_DIRECTORY = Path(__file__).parents[1] / "assets" / "base"
-ADAPTER, RESUME, RUN = "adapter.safetensors", "resume.pt", "run.json"
 MOST_HELDOUT = 200
 DEFAULT_RANK = 16
 
@@ -70,6 +70,7 @@ class Job:
     out: Path
     resumed: dict[str, Any] | None
     processes: Processes = ALONE
+    lock: int | None = None
 
     @property
     def command(self) -> str:
@@ -119,6 +120,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}; got {name!r}")
     return DTYPES[name]
+
+
+def slowness(dtype: torch.dtype, device: torch.device) -> str:
+    """What speaks against ``dtype`` on ``device``, as a sentence; empty for nothing."""
+    if dtype != torch.bfloat16 or device.type != "cpu" or best_dtype(device) == dtype:
+        return ""
+    return (
+        "this CPU has no instructions for bfloat16, whose products take many times longer than "
+        "float32's; --dtype auto takes float32 here"
+    )
 
 
 def load_base(settings: Settings) -> tuple[MiniMindLM, Any]:
@@ -205,11 +216,13 @@ def prepare(
             if resume is not None:
                 settings, resumed = _read_resume(Path(resume), lora)
             elif settings.out is not None:
-                unused(settings.out)  # said at once, not after the model has been read
+                left_over(Path(settings.out))  # said at once, not after the model has been read
             if lora and settings.lora is None and settings.rank is None:
                 settings = replace(settings, rank=DEFAULT_RANK)
             device = processes.place(choose_device(settings.device))
             dtype = choose_dtype(settings.dtype, device)
+            if processes.first and (slow := slowness(dtype, device)):
+                warn(slow)
             training = settings.training()
             processes.check(training.batch_size)
             model, tokenizer = load_base(settings)
@@ -242,14 +255,14 @@ def prepare(
             if resumed is not None:
                 with _resuming():
                     trainer.load_state_dict(resumed["trainer"])
-            out = Path(resume) if resume is not None else None
-            if out is None and processes.first:
-                out = _claim_directory(settings)
+            out = lock = None
+            if processes.first:
+                out, lock = claim_directory(settings, resume)
         out = processes.gather(out)[0]
     assert out is not None
     return Job(
         settings, lora, model, tokenizer, train, heldout, base_heldout, device, dtype, adapted,
-        trainer, out, resumed, processes,
+        trainer, out, resumed, processes, lock,
     )  # fmt: skip
 
 
@@ -302,36 +315,6 @@ def _same_everywhere(processes: Processes, datasets: list[SFTDataset | None]) ->
             )
 
 
-def unused(path: str | Path) -> Path:
-    """``path``, if nothing is there yet but perhaps an empty directory.
-
-    Raises:
-        ValueError: it is a file or a directory with something in it.
-    """
-    out = Path(path)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        what = "holds another run" if (out / RUN).exists() else "exists and is not empty"
-        raise ValueError(
-            f"the output directory {out} {what}; nothing was overwritten. Choose another --out"
-            + (", or go on with an unfinished run by --resume" if (out / RESUME).exists() else "")
-        )
-    return out
-
-
-def _claim_directory(settings: Settings) -> Path:
-    """``--out``, or the first ``out/NAME-N`` that nobody else has: made here, so it stays ours."""
-    if settings.out is not None:
-        out = unused(settings.out)
-        out.mkdir(parents=True, exist_ok=True)
-        return out
-    for number in itertools.count(1):
-        out = Path("out") / f"{split_name(Path(settings.data))[0]}-{number}"
-        with contextlib.suppress(FileExistsError):
-            out.mkdir(parents=True)
-            break
-    return out
-
-
 def _take_up_weights(model: MiniMindLM, weights: dict[str, Any], lora: bool) -> None:
     expected = lora_state_dict(model) if lora else model.state_dict()
     with _resuming():
@@ -363,7 +346,7 @@ def _read_resume(directory: Path, lora: bool) -> tuple[Settings, dict[str, Any]]
         settings = Settings(**{k: v for k, v in run["settings"].items() if k in known})
         state = torch.load(directory / RESUME, map_location="cpu", weights_only=True)
         begun = run["command"]
-        state = {name: state[name] for name in ("weights", "trainer", "before")}
+        state = {name: state[name] for name in ("weights", "trainer", "before", "report")}
     except Exception as error:  # torch.load raises anything at all on damaged files
         raise ValueError(
             f"the run in {directory} cannot be resumed, {RUN} or {RESUME} is damaged: {error!r}"

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from tqdm import tqdm
+
+from lora_kernels.adapters import write_atomically
 
 from .loop import Progress
 
@@ -41,16 +44,29 @@ class Side:
 class Report:
     """The progress bar and the log of one run, as a context manager around its training.
 
+    Training goes on where neither can be shown or written: `write` can still do it in the end.
+
     Args:
-        out: directory of metrics.jsonl, which is appended to.
+        out: directory of metrics.jsonl, which is written anew and then appended to.
         step, total_steps: where the run stands and ends.
         log_interval: optimizer steps between records; a record holds the means of its interval.
+        rows: the records up to the last that was complete.
+        pending: the steps since, which the next record covers.
     """
 
-    def __init__(self, out: Path, step: int, total_steps: int, log_interval: int) -> None:
+    def __init__(
+        self,
+        out: Path,
+        step: int,
+        total_steps: int,
+        log_interval: int,
+        rows: Sequence[dict[str, Any]] = (),
+        pending: Sequence[Progress] = (),
+    ) -> None:
         self.metrics = out / METRICS
         self.log_interval = log_interval
-        self.pending: list[Progress] = []
+        self.rows, self.pending = list(rows), list(pending)
+        self._failed = False
         self.bar = tqdm(
             total=total_steps,
             initial=step,
@@ -61,6 +77,8 @@ class Report:
         )
 
     def __enter__(self) -> Report:
+        with self._going_on():
+            self.write()
         return self
 
     def __exit__(
@@ -69,13 +87,20 @@ class Report:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.flush()
-        self.bar.close()
+        if kind is None:
+            self.flush()
+        elif self.pending:
+            # Seen, but not kept: a resumed run's record covers the whole interval.
+            with self._going_on():
+                append(self.metrics, self._record())
+        with contextlib.suppress(OSError):
+            self.bar.close()
 
     def step(self, progress: Progress) -> None:
         """Count one optimizer step; every ``log_interval`` of them make a record."""
         self.pending.append(progress)
-        self.bar.update()
+        with contextlib.suppress(OSError):
+            self.bar.update()
         if progress.step % self.log_interval == 0:
             self.flush()
 
@@ -83,10 +108,39 @@ class Report:
         """Write the steps since the last record as one."""
         if not self.pending:
             return
+        row = self._record()
+        self.pending = []
+        self.rows.append(row)
+        with self._going_on():
+            append(self.metrics, row)
+        with contextlib.suppress(OSError):
+            self.bar.set_postfix_str(
+                f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
+                f"{row['tokens_per_second']:,.0f} tokens/s"
+            )
+
+    def write(self) -> None:
+        """Write metrics.jsonl anew, whole or not at all."""
+        write_rows(self.metrics, self.rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to write the records of an unbroken one."""
+        return {"rows": list(self.rows), "pending": [asdict(p) for p in self.pending]}
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                warn(f"{self.metrics} cannot be written ({error}); training goes on")
+            self._failed = True
+
+    def _record(self) -> dict[str, Any]:
         tokens = sum(p.tokens for p in self.pending)
         seconds = sum(p.seconds for p in self.pending)
         last = self.pending[-1]
-        row = {
+        return {
             "step": last.step,
             "epoch": last.epoch,
             "loss": _mean([p.loss for p in self.pending]),
@@ -94,11 +148,31 @@ class Report:
             "lr": last.lr,
             "tokens_per_second": round(tokens / seconds, 1),
         }
-        self.pending = []
-        append(self.metrics, row)
-        self.bar.set_postfix_str(
-            f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {tokens / seconds:,.0f} tokens/s"
-        )
+
+
+def say(text: str) -> None:
+    """Print to standard output; once that fails, nothing more goes there."""
+    _print(text, sys.stdout)
+
+
+def warn(text: str) -> None:
+    """Print a warning to standard error; once that fails, nothing more goes there."""
+    _print(f"\nwarning: {text}", sys.stderr)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        silence(stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Let what is still to be written to ``stream`` go nowhere, without an error at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def program() -> str:
@@ -123,24 +197,19 @@ def written(out: Path, *names: str) -> str:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add one JSON line to ``path``."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Add one JSON line to ``path``, on a line of its own even where the last one is torn."""
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else b"\n" + line
+        file.write(line)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; of steps that a resumed run did again, the later row.
-
-    A line that a dying run left unfinished is passed over.
-    """
-    rows: dict[Any, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        rows[row.get("step", row.get("event"))] = row
-    return sorted(rows.values(), key=lambda row: row.get("step", 0))
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines to ``path``, whole or not at all."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def matches(answers: Sequence[str], expected: Sequence[str]) -> int:
@@ -215,7 +284,7 @@ def plot_loss(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     handles = [h for a in (axes, rates) for h in a.get_legend_handles_labels()[0]]
     # Outside: within, it would lie on the only point of a run of one step.
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.savefig(path, dpi=120, format="png")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
 
 
 # Families with Chinese, Japanese and Korean, as systems and people install them.

@@ -141,7 +141,9 @@ def test_only_what_a_writer_left_is_cleared_up(tmp_path):
 
 def test_a_lock_is_held_once_and_given_back(tmp_path):
     first = hold(tmp_path)
-    assert first is not None and hold(tmp_path) is None
+    assert first is not None
+    with pytest.raises(BlockingIOError):
+        hold(tmp_path)
     release(first)
     second = hold(tmp_path)
     assert second is not None

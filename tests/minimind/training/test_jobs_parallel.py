@@ -63,7 +63,7 @@ def assert_same_run(ours, theirs):
 def finetune_watched(strategy, *options):
     """`finetune`, in which nobody but the first process may write."""
     if os.environ["RANK"] != "0":
-        writers = ["append", "write_atomically", "write_results", "Report"]
+        writers = ["write_rows", "write_json", "write_atomically", "write_results", "Report"]
         for name in writers + ["save_lora"] * (strategy == "ddp"):  # sharded, it gathers
             setattr(jobs, name, None)
     return finetune("--parallel", strategy, *options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -25,7 +26,6 @@ from minimind.training.report import (
     matches,
     plot_loss,
     program,
-    read_metrics,
     written,
 )
 
@@ -85,41 +85,56 @@ def test_an_error_flushes_and_is_passed_on(tmp_path):
 
 
 def test_a_resumed_run_keeps_the_grid_and_appends(tmp_path):
-    append(tmp_path / "metrics.jsonl", {"event": "before", "heldout_loss": 5.0})
-    with Report(tmp_path, 4, 7, log_interval=3) as report:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 9}\n{"step": 4, "lo')
+    done = {"event": "before", "heldout_loss": 5.0}
+    with Report(tmp_path, 4, 7, 3, [done], [progress(4, loss=4.0)]) as report:
         assert (report.bar.n, report.bar.total) == (4, 7)
         for step in (5, 6, 7):
             report.step(progress(step, loss=float(step)))
         assert report.bar.n == 7
     assert [row.get("step") for row in rows(tmp_path)] == [None, 6, 7]
-    assert [row.get("loss") for row in rows(tmp_path)] == [None, 5.5, 7.0]
+    assert [row.get("loss") for row in rows(tmp_path)] == [None, 5.0, 7.0]
+
+
+def test_the_state_is_that_of_complete_records_and_the_steps_since(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Report(tmp_path, 0, 9, log_interval=2) as report:
+        for step in (1, 2, 3):
+            report.step(progress(step))
+        raise KeyboardInterrupt
+    state = report.state_dict()
+    assert [row["step"] for row in state["rows"]] == [2]
+    assert [Progress(**step) for step in state["pending"]] == [progress(3)]
+    assert [row["step"] for row in rows(tmp_path)] == [2, 3]
+
+
+def test_a_full_disk_ends_no_training_and_loses_no_record(tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Report(tmp_path, 0, 4, log_interval=1) as report:
+        report.step(progress(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "append", full)
+            report.step(progress(2))
+            report.step(progress(3))
+        report.step(progress(4))
+    assert capsys.readouterr().err.count("cannot be written ([Errno 28] No space left") == 1
+    assert [row["step"] for row in rows(tmp_path)] == [1, 4]
+    report.write()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_torn_line_does_not_swallow_the_next(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n{"n": 2')
+    append(tmp_path / "a.jsonl", {"n": 3})
+    append(tmp_path / "a.jsonl", {"n": 4})
+    assert (tmp_path / "a.jsonl").read_text() == '{"n": 1}\n{"n": 2\n{"n": 3}\n{"n": 4}\n'
 
 
 def test_append_writes_readable_text(tmp_path):
     append(tmp_path / "a.jsonl", {"prompt": "你好\n😀"})
     append(tmp_path / "a.jsonl", {"n": 1})
     assert (tmp_path / "a.jsonl").read_bytes() == '{"prompt": "你好\\n😀"}\n{"n": 1}\n'.encode()
-
-
-def test_read_metrics_keeps_the_later_row_and_sorts(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    written = [
-        {"event": "before", "heldout_loss": 3.0},
-        {"step": 10, "loss": 1.0},
-        {"step": 20, "loss": 2.0},
-        {"step": 30, "loss": 3.0},
-        {"step": 20, "loss": 2.5},  # taken up from step 10
-        {"step": 25, "loss": 2.75},
-        {"step": 100, "loss": 0.5},
-        {"event": "after", "heldout_loss": 0.25},
-    ]
-    for row in written:
-        append(path, row)
-    read = read_metrics(path)
-    steps = [(row["step"], row["loss"]) for row in read if "step" in row]
-    assert steps == [(10, 1.0), (20, 2.5), (25, 2.75), (30, 3.0), (100, 0.5)]
-    events = {row["event"]: row["heldout_loss"] for row in read if "event" in row}
-    assert events == {"before": 3.0, "after": 0.25} and len(read) == 7
 
 
 # --- before and after -----------------------------------------------------------------------------
