@@ -189,8 +189,8 @@ def _outcome(job: Job, what: str) -> Iterator[None]:
                 yield
             except DISK_ERRORS as error:
                 raise TrainingError(
-                    f"{what} could not be written to {job.out} ({error}); make room there, or make "
-                    f"it writable; {_left(job)}"
+                    f"{what} could not be written to {job.out} ({_reason(error)}); make room "
+                    f"there, or make it writable; {_left(job)}"
                 ) from error
     except ValueError as error:
         if isinstance(error, TrainingError) or not job.processes.several:
@@ -382,8 +382,19 @@ def save_resume_point(job: Job, before: dict[str, Any], report: Report | None) -
             warn(f"{job.out} was moved or deleted while the run used it; it is made anew")
             write_json(job.out / RUN, resolved(job))
             report.write()
-        write_atomically(job.out / RESUME, lambda temporary: torch.save(state, temporary))
+        write_atomically(job.out / RESUME, lambda temporary: _save(state, temporary))
     except DISK_ERRORS as error:
-        warn(f"no resume point of step {job.trainer.step} could be written ({error}); {_left(job)}")
+        step, reason = job.trainer.step, _reason(error)
+        warn(f"no resume point of step {step} could be written ({reason}); {_left(job)}")
         return False
     return True
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # given a path, torch says of a full disk "unexpected pos"
+        torch.save(state, file)
+
+
+def _reason(error: BaseException) -> BaseException:
+    """What the system said, where torch's own error came of it."""
+    return error.__context__ if isinstance(error.__context__, OSError) else error

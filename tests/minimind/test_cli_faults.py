@@ -147,6 +147,21 @@ def test_a_failed_resume_point_does_not_end_the_run(here, monkeypatch, capsys):
     assert_same_run("o", "whole")
 
 
+def test_a_disk_that_fills_up_within_a_point_is_called_full(here, monkeypatch, capsys):
+    def filling(state, file):
+        try:
+            raise FULL
+        finally:  # as torch does, whose archive must be ended
+            raise RuntimeError("unexpected pos 704 vs 598")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.torch, "save", filling)
+        assert finetune("--out", "o", *OPTIONS) == 0
+    said = capsys.readouterr().err
+    assert "step 5 could be written ([Errno 28] No space left on device); there is no" in said
+    assert sorted(p.name for p in Path("o").iterdir()) == RESULTS
+
+
 @pytest.mark.parametrize(
     ("name", "what"),
     [

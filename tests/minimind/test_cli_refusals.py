@@ -21,7 +21,8 @@ def later_era(here):
 
 def other_run(here):
     (here / "used").mkdir()
-    (here / "used" / "run.json").write_text("{}")
+    for name in ("run.json", "adapter.safetensors"):
+        (here / "used" / name).write_text("{}")
 
 
 def bad_line(text):
@@ -37,7 +38,7 @@ def turn(role, content):
 
 
 REFUSED = {
-    "a directory for data": (["--data", "./base"], None, "base cannot be read"),
+    "a directory for data": (["--data", "./base"], None, "base is a directory; name one"),
     "no data": (["--data", "none.jsonl"], None, r"no data file at none.jsonl; check the path"),
     "not JSON": (["--data", "bad.jsonl"], bad_line("{oops"), "bad.jsonl:2: not JSON"),
     "no conversations": (["--data", "bad.jsonl"], bad_line('{"a": 1}'), 'bad.jsonl:2: no "conver'),
