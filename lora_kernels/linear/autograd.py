@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 
 from ..config import check_dropout
 from ..dispatch import choose, is_named, multiplies_by_itself
@@ -125,7 +125,8 @@ def _autocasts(tensor: Tensor) -> bool:
 def _looked_into(traced: bool) -> bool:
     """Whether somebody needs the products themselves, of which a Function would show none."""
     if traced:
-        return is_exporting()
+        # Not `is_exporting()`, which torch 2.11 takes for true in every graph that it traces.
+        return getattr(torch.compiler, "_is_exporting_flag", False)
     return forward_ad._current_level >= 0 or _are_functorch_transforms_active()
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import lora_linear, use_backend
 from lora_kernels.kernels.dropout import draw_keep_mask
+from lora_kernels.linear import reference
 
 NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
 
@@ -252,6 +253,19 @@ def test_compiles_whole():
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_call_is_not_taken_for_an_exported_one(monkeypatch):
+    """It would lose the kernels, and the products in float32 where a CPU needs them."""
+
+    def plainly(*operands):
+        raise AssertionError("as for torch.export")
+
+    monkeypatch.setattr(reference, "plain_forward", plainly)
+    inputs = tuple(make(8, 16, 4, 2, torch.float32).values())
+    compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), lora_linear(*inputs))
 
 
 BAD = {
