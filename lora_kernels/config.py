@@ -105,7 +105,8 @@ class LoRAConfig:
         modules_to_save: names or dotted suffixes of modules that are trained and saved whole, in
             their own dtype: a head, embeddings, norms. Linears in them get no LoRA. The head of a
             transformers model for classification or question answering, which a base checkpoint
-            does not hold, is added by itself; an empty list leaves it as it is.
+            does not hold, is added by itself; an empty list leaves it as it is. A vocabulary is
+            resized before: resizing puts another head in the place of the trained one.
         bias: which biases are trained and saved whole: ``"none"``, ``"lora_only"`` for those of the
             adapted linears, or ``"all"`` of the model's.
         trainable_token_indices: tokens whose rows of the input embeddings are trained (in float32

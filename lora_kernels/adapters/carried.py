@@ -10,6 +10,7 @@ from torch import nn
 from ..config import LayerConfig
 from ..linear.factors import LoRA
 from ..linear.module import ACTIVE, MERGED, LoRALinear
+from .wording import listed
 
 
 class Part(NamedTuple):
@@ -78,7 +79,7 @@ def known_adapters(
     known = lora_adapters(model)
     for name in wanted:
         if name not in known:
-            has = ", ".join(map(repr, known)) or "none: call apply_lora or load_lora first"
+            has = listed([*map(repr, known)]) or "none: call apply_lora or load_lora first"
             raise ValueError(f"model has no adapter named {name!r}; it has {has}")
         if wanted.count(name) > 1:
             raise ValueError(f"{argument} has {name!r} twice; name each adapter once")

@@ -23,6 +23,7 @@ from .peft_wholes import task_type, whole_fields
 from .sharding import is_writer, whole
 from .targets import own_modules, strip_wrappers
 from .wholes import whole_tensors
+from .wording import listed
 
 
 def write_directory(
@@ -116,10 +117,10 @@ def _common(field: str, values: Mapping[str, Any]) -> Any:
         groups: dict[Any, list[str]] = {}
         for name, value in values.items():
             groups.setdefault(value, []).append(name)
-        listed = "; ".join(f"{value} on {', '.join(names)}" for value, names in groups.items())
+        shown = listed([f"{value} on {listed(names)}" for value, names in groups.items()], 4)
         fold = " with fold_scale=True, or" if field == "use_rslora" else ""
         raise ValueError(
-            f"PEFT's format has one {field} for all modules, the model has {listed}; "
+            f"PEFT's format has one {field} for all modules, the model has {shown}; "
             f"save{fold} to a .safetensors file, which keeps each"
         )
     return next(iter(values.values()))

@@ -21,6 +21,7 @@ from ..linear.factors import DEFAULT
 from .sharding import gathering, is_emptied, is_sharded, whole
 from .targets import ends_in_name, strip_wrappers
 from .wholes import TOKEN_ROWS, insert_wholes, is_whole, slots, whole_tensors
+from .wording import listed
 
 _ROWS = "_lora_tokens"
 
@@ -79,7 +80,8 @@ def find_token_modules(model: nn.Module, config: LoRAConfig) -> dict[str, list[i
         matches = [ending] if ending in modules else matches
         if len(matches) != 1:
             raise ValueError(
-                f"trainable_token_indices has {ending!r}, which means {matches or 'no module'}; "
+                f"trainable_token_indices has {ending!r}, which means "
+                f"{listed([*map(repr, matches)]) or 'no module'}; "
                 'name one embedding, as in {"embed_tokens": [1, 2]}'
             )
         if matches[0] in found:

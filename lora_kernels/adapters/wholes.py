@@ -22,6 +22,7 @@ from ..linear.factors import DEFAULT, LoRA
 from ..linear.module import DTYPES
 from .sharding import gathering, is_emptied, is_sharded, reshard
 from .targets import strip_wrappers
+from .wording import listed
 
 _ASIDE = "_lora_aside"
 # The child of an embedding or a head in which `tokens` keeps rows: an adapter's, not the module's.
@@ -184,7 +185,7 @@ def refusals(model: nn.Module, names: Iterable[str]) -> list[str]:
             twins = [n for n, slot in found.items() if slot.value is value and n not in wanted]
             if twins:
                 problems.append(
-                    f"{name!r} is tied to {', '.join(map(repr, twins))}: name both to train them "
+                    f"{name!r} is tied to {listed([*map(repr, twins)])}: name both to train them "
                     "as one, or untie them first (tie_word_embeddings=False)"
                 )
     return problems

@@ -243,7 +243,10 @@ MISTAKES = {
     "twice": ({"trainable_token_indices": [1, 1]}, "names a token twice"),
     "too far": ({"trainable_token_indices": {"embed": [10]}}, "go to 10, its weight has 10 rows"),
     "no module": ({"trainable_token_indices": {"emb": [1]}}, "'emb', which means no module"),
-    "several": ({"trainable_token_indices": {"q": [1]}}, r"'q', which means \['blocks.0.q'"),
+    "several": (
+        {"trainable_token_indices": {"q": [1]}},
+        "'q', which means 'blocks.0.q', 'blocks.1.q';",
+    ),
     "a list without embeddings": ({"trainable_token_indices": [1]}, "'embed_tokens', which means"),
     "a container": ({"trainable_token_indices": {"blocks": [1]}}, "is a ModuleList, not an nn.Emb"),
     "also adapted": ({"trainable_token_indices": {"gate": [1]}}, "'gate' is adapted or trained"),

@@ -7,8 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import Model, trained
 from tiny_peft import TENSORS, edit
+from torch import nn
 
-from lora_kernels import AdapterMismatchError, load_lora, lora_state_dict, save_lora
+from lora_kernels import (
+    AdapterMismatchError,
+    apply_lora,
+    load_lora,
+    lora_state_dict,
+    save_lora,
+    use_lora,
+)
 from lora_kernels.adapters.wording import shortened
 
 
@@ -65,3 +73,43 @@ def test_files_with_much_that_is_wrong(tmp_path, hurt, peft):
         load_lora(Model(), path)
     said = str(caught.value)
     assert len(said) <= 2000 and len(said.splitlines()) <= 30 and str(tmp_path) in said
+
+
+def deep(count=300):
+    model = nn.ModuleList(nn.ModuleDict({"projection": nn.Linear(2, 2)}) for _ in range(count))
+    apply_lora(model, 1, verbose=False)
+    return model
+
+
+def unlike_dropouts(model, directory):
+    for block in model[::2]:
+        block["projection"].set_dropout(0.5)
+    save_lora(model, directory / "a")
+
+
+def rows_of_many(model, directory):
+    tokens = {"trainable_token_indices": {"projection": [1]}, "target_modules": ["projection"]}
+    apply_lora(model, 1, name="fr", verbose=False, **tokens)
+
+
+def tied_to_many(model, directory):
+    for i, block in enumerate(model[1:]):
+        block["norm"] = nn.Linear(2, 2)
+        if i:
+            block["norm"].weight = model[1]["norm"].weight
+    settings = {"target_modules": ["projection"], "modules_to_save": ["1.norm"]}
+    apply_lora(model, 1, name="fr", verbose=False, **settings)
+
+
+def many_adapters(model, directory):
+    layer = model[0]["projection"]
+    for i in range(300):
+        layer.add_adapter(f"adapter-{i}", layer.lora_config)
+    use_lora(model, "another")
+
+
+@pytest.mark.parametrize("wrong", [unlike_dropouts, rows_of_many, tied_to_many, many_adapters])
+def test_models_of_many_layers(tmp_path, wrong):
+    with pytest.raises(ValueError, match=r"and \d\d\d more") as error:
+        wrong(deep(), tmp_path)
+    assert len(str(error.value)) <= 2000 and len(str(error.value).splitlines()) <= 30
