@@ -16,6 +16,7 @@ _EPILOG = """examples:
   minimind finetune                            teach the shipped model a new name, in about a minute
   minimind finetune --data tea --targets all-linear --rank 32 --epochs 12
   minimind finetune --data mine.jsonl --out out/mine --rank 8 --alpha 16
+  minimind finetune --data more.csv --lora out/mine     go on training that adapter
   minimind chat --lora out/identity-1/adapter.safetensors --compare
   minimind merge --lora out/identity-1/adapter.safetensors --out out/robin
   minimind export --to hf out/robin-hf --lora out/identity-1/adapter.safetensors --merge
@@ -103,7 +104,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", help="model directory or weight file of any era (default: the shipped)"
     )
-    parser.add_argument("--lora", help="adapter file that `minimind finetune` wrote")
+    parser.add_argument(
+        "--lora", help="adapter: a run's directory, a file, or a directory in PEFT's format"
+    )
     parser.add_argument("--tokenizer", help="directory of the tokenizer (default: the base's own)")
 
 
@@ -121,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that knows no Chinese shows "?"
     try:
         return _run(options)
+    except KeyboardInterrupt as error:  # while torch is being imported, too
+        return 128 + getattr(error, "signum", signal.SIGINT)
     except ModuleNotFoundError as error:
         if error.name not in ("transformers", "tokenizers", "tqdm", "matplotlib"):
             raise
@@ -144,8 +149,6 @@ def _run(options: argparse.Namespace) -> int:
     except (UsageError, TrainingError) as error:
         print(f"minimind {options.command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as error:
-        return 128 + getattr(error, "signum", signal.SIGINT)
     except BrokenPipeError:
         silence(sys.stdout)  # its reader went away (`| head`); nothing more can be said to it
         return 141

@@ -72,12 +72,13 @@ class Settings:
     data: str = _option(
         "identity",
         "what to learn: a .jsonl, .json, .csv, .tsv, .txt or .parquet file, or one of these with "
-        ".gz; or a shipped set: base, identity, tea",
+        ".gz, in UTF-8; or a shipped set: base, identity, tea",
     )
     format: str | None = _option(
         None,
-        "form of the data: conversations, messages, sharegpt, alpaca, text, or two fields as in "
-        "question/answer (default: told by the fields of the first row)",
+        "form of the data: conversations, messages, sharegpt, alpaca, prompt/completion, "
+        "prompt/response, question/answer, query/response, input/output, or text (default: told by "
+        "the fields of the first row)",
     )
     out: str | None = _option(None, "directory for results (default: the next free out/NAME-N)")
     base: str | None = _option(
@@ -104,8 +105,8 @@ class Settings:
     use_moe: bool = _option(False, "make a random base a mixture of experts")
     lora: str | None = _option(
         None,
-        "adapter to go on training, a file or a directory in PEFT's format; its rank, alpha and "
-        "modules are kept (default: a new one)",
+        "adapter to go on training: an earlier run's directory, a file, or a directory in PEFT's "
+        "format; its rank, alpha and modules are kept (default: a new one)",
         lora=True,
     )
     rank: int | None = _option(None, "LoRA rank (default: 16)", lora=True)
@@ -158,7 +159,7 @@ def add_options(parser: argparse.ArgumentParser, lora: bool, defaults: dict[str,
         if kind == "bool":
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
             continue
-        if default is not None:
+        if default is not None and "(default: " not in text:
             text += f" (default: {default})"
         parser.add_argument(flag, type=_PARSERS[kind], default=argparse.SUPPRESS, help=text)
     parser.add_argument(

@@ -10,7 +10,7 @@ import transformers
 
 from lora_kernels import __version__, explain, holds_adapter, read_adapter
 
-from ..model.checkpoint import config_beside, load_model, weights_path
+from ..model.checkpoint import adapter_path, config_beside, load_model, weights_path
 from ..model.eras import adapter_eras, untraceable
 from ..training.loop import best_dtype
 from ..training.prepare import choose_device, user_errors
@@ -27,8 +27,8 @@ def info(options: argparse.Namespace) -> None:
             lines = _machine()
         elif not Path(options.path).exists():
             raise FileNotFoundError(f"nothing at {options.path}; check the path")
-        elif _is_adapter(Path(options.path)):
-            lines = _adapter(Path(options.path))
+        elif _is_adapter(adapter_path(options.path)):
+            lines = _adapter(adapter_path(options.path))
         else:
             lines = _model(Path(options.path))
     print("\n".join(lines))

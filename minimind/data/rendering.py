@@ -54,7 +54,9 @@ class Renderer:
         while batch := list(itertools.islice(samples, _AT_ONCE)):
             marked = [self.pieces(sample) for sample in batch]
             texts = [text for pieces in marked for text, _ in pieces]
-            encoded = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+            # Not verbose: it would warn of lengths that the data set cuts.
+            encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
+            encoded = iter(encoded["input_ids"])
             for sample, pieces in zip(batch, marked, strict=True):
                 ids: list[int] = []
                 mask: list[int] = []

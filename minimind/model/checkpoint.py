@@ -37,6 +37,7 @@ from .transformer import MiniMindLM
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+ADAPTER_NAME = "adapter.safetensors"
 _PICKLED_WEIGHTS_NAME = "pytorch_model.bin"  # of transformers directories, before safetensors
 
 _DERIVED = re.compile(r"(^|\.)(pos_cis|freqs_cos|freqs_sin|inv_freq|mask|causal_mask)$")
@@ -97,12 +98,29 @@ def load_model(
     return model.eval()
 
 
+def adapter_path(path: str | os.PathLike[str]) -> Path:
+    """``path``, or the adapter in it where it is the directory of a run of `minimind finetune`.
+
+    Raises:
+        CheckpointError: that is a link that leads out of the directory.
+    """
+    path = Path(path)
+    if not os.path.lexists(path / ADAPTER_NAME):
+        return path
+    refuse_escape(path, ADAPTER_NAME)
+    return path / ADAPTER_NAME
+
+
 def load_adapter(model: MiniMindLM, path: str | os.PathLike[str]) -> list[str]:
     """`lora_kernels.load_lora`, which says so if the adapter is of another era than the model.
 
+    Args:
+        path: as there, or the directory of a run.
+
     Raises:
-        AdapterMismatchError, FileNotFoundError, ValueError: as `load_lora`.
+        AdapterMismatchError, FileNotFoundError, ValueError: as `load_lora` and `adapter_path`.
     """
+    path = adapter_path(path)
     try:
         return load_lora(model, path)
     except AdapterMismatchError:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from ..data.reading import split_name
 from ..files import clear_up, hold, is_temporary, release
+from ..model.checkpoint import ADAPTER_NAME
 from ..settings import Settings
 from .report import ANSWERS, METRICS, PLOT, say
 
-ADAPTER, RESUME, RUN = "adapter.safetensors", "resume.pt", "run.json"
-_FILES = (ADAPTER, RESUME, RUN, METRICS, ANSWERS, PLOT)
+RESUME, RUN = "resume.pt", "run.json"
+_FILES = (ADAPTER_NAME, RESUME, RUN, METRICS, ANSWERS, PLOT)
 
 
 def unused(path: str | Path) -> Path:

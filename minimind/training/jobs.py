@@ -23,10 +23,10 @@ from ..data.sft import SFTDataset
 from ..data.tokenizer import TOKENIZER_DIRECTORY, save_tokenizer
 from ..data.turns import TEXT, Sample
 from ..files import release, staged
-from ..model.checkpoint import save_model
+from ..model.checkpoint import ADAPTER_NAME, save_model
 from ..model.generate import answer
 from ..model.transformer import MiniMindLM
-from .directory import ADAPTER, RESUME, RUN
+from .directory import RESUME, RUN
 from .loop import Progress, TrainingError, evaluate
 from .prepare import Job
 from .report import (
@@ -266,12 +266,12 @@ def closing(job: Job) -> str:
             f"next:  {command_line('chat', '--base', job.out)}"
         )
     if job.settings.base == "random":
-        return f"\nwrote {job.out}/: {ADAPTER}, for the random weights of this run alone"
+        return f"\nwrote {job.out}/: {ADAPTER_NAME}, for the random weights of this run alone"
     options = ["--base", job.settings.base] if job.settings.base else []
     options += ["--tokenizer", job.settings.tokenizer] if job.settings.tokenizer else []
-    adapter = job.out / ADAPTER
+    adapter = job.out / ADAPTER_NAME
     return (
-        f"\nwrote {job.out}/: {ADAPTER} ({adapter.stat().st_size / 1024:.0f} KiB), {records}\n"
+        f"\nwrote {job.out}/: {ADAPTER_NAME} ({adapter.stat().st_size / 1024:.0f} KiB), {records}\n"
         f"next:  {command_line('chat', *options, '--lora', adapter, '--compare')}"
     )
 
@@ -346,7 +346,7 @@ def save_weights(job: Job) -> None:
     """Write what was trained: the adapter alone, or the model with its tokenizer."""
     if job.lora:
         if job.processes.first or job.processes.sharded:
-            save_lora(job.model, job.out / ADAPTER)
+            save_lora(job.model, job.out / ADAPTER_NAME)
         return
     model = job.model
     if job.processes.sharded:

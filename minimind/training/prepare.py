@@ -25,11 +25,11 @@ from ..data.reading import DATA_DIRECTORY, find_data, split_name
 from ..data.sft import SFTDataset
 from ..data.tokenizer import load_tokenizer
 from ..data.turns import Sample
-from ..model.checkpoint import load_adapter, load_model
+from ..model.checkpoint import ADAPTER_NAME, load_adapter, load_model
 from ..model.config import LMConfig
 from ..model.transformer import MiniMindLM
 from ..settings import Settings
-from .directory import ADAPTER, RESUME, RUN, claim_directory, left_over
+from .directory import RESUME, RUN, claim_directory, left_over
 from .loop import DTYPES, Trainer, best_dtype
 from .parallel import ALONE, Processes
 from .report import warn
@@ -334,7 +334,9 @@ def _resuming() -> Iterator[None]:
 def _read_resume(directory: Path, lora: bool) -> tuple[Settings, dict[str, Any]]:
     for name in (RUN, RESUME):
         if not (directory / name).is_file():
-            finished = (directory / ADAPTER).exists() or (directory / "model.safetensors").exists()
+            finished = (directory / ADAPTER_NAME).exists() or (
+                directory / "model.safetensors"
+            ).exists()
             raise ValueError(
                 f"{directory} has no {name}, there is nothing to resume"
                 + ("; that run is finished" if finished else "; check the path")

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager, get_font
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from tqdm import tqdm
 
 from lora_kernels.adapters import write_atomically
@@ -267,7 +267,11 @@ def plot_loss(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
             axes.plot(*zip(*points, strict=True), "o", color=color, label=label, zorder=3)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(plain)
+    low, high = axes.get_ylim()
+    # Within a power of ten the ticks between are all there is to read.
+    axes.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
     title, fonts = drawable(title)
     axes.set_title(title, parse_math=False, fontfamily=fonts)  # it may hold dollar signs
     axes.grid(alpha=0.3)
@@ -278,9 +282,12 @@ def plot_loss(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         color="tab:gray",
         linewidth=1,
         linestyle=":",
+        marker="x" if len(steps) == 1 else "",
         label="learning rate",
     )
-    rates.set(ylabel="learning rate", ylim=(0, None))
+    # A single point at the top, or in the middle, would lie on the loss.
+    top = 4 * steps[0]["lr"] if len(steps) == 1 else None
+    rates.set(ylabel="learning rate", ylim=(0, top))
     handles = [h for a in (axes, rates) for h in a.get_legend_handles_labels()[0]]
     # Outside: within, it would lie on the only point of a run of one step.
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -231,12 +232,30 @@ def test_an_adapter_of_another_model_is_refused(here, capsys):
     assert "expected [16, 32], found [16, 64]" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["finetune", "sft", "chat", "merge", "info"])
+@pytest.mark.parametrize("command", ["finetune", "sft", "chat", "merge", "export", "info"])
 def test_help_is_there(capsys, command):
     with pytest.raises(SystemExit) as leaving:
         main([command, "--help"])
     assert leaving.value.code == 0
-    assert f"usage: minimind {command}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"usage: minimind {command}" in said
+    for option in re.split(r"\n  (?=-)", said):
+        assert option.count("(default:") <= 1, option
+
+
+def test_ctrl_c_while_torch_is_imported_ends_in_silence(monkeypatch, capsys):
+    class Interrupting:
+        def find_spec(self, name, *_):
+            if name == "minimind.training.loop":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "minimind.training.loop")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    try:
+        code = main(["info"])
+    except KeyboardInterrupt:  # which would end pytest
+        pytest.fail("it came out")
+    assert code == 130 and capsys.readouterr().err == ""
 
 
 def test_the_walkthroughs_options_are_all_there(capsys):

@@ -63,6 +63,34 @@ def test_two_runs_go_further_than_one(here):
     assert two["after"] < one["after"] < one["before"]
 
 
+def test_a_runs_directory_stands_for_its_adapter(here, capsys):
+    assert finetune("--out", "one") == 0
+    assert finetune("--out", "two", "--lora", "one") == 0
+    assert losses(here, "two")["before"] == pytest.approx(losses(here, "one")["after"], rel=1e-6)
+    capsys.readouterr()
+    said = []
+    for path in ("two", "two/adapter.safetensors"):
+        asked = [
+            "chat",
+            "--base",
+            "base",
+            "--lora",
+            path,
+            "--prompt",
+            "你好",
+            "--max-new-tokens",
+            "3",
+        ]
+        assert main(asked) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert main(["merge", "--base", "base", "--lora", "two", "--out", "merged"]) == 0
+    (here / "two" / "adapter.safetensors").rename(here / "away.safetensors")
+    (here / "two" / "adapter.safetensors").symlink_to(here / "away.safetensors")
+    assert main(["chat", "--base", "base", "--lora", "two", "--prompt", "你好"]) == 2
+    assert "is a link to" in capsys.readouterr().err
+
+
 def test_dropout_is_this_runs(here):
     adapter(here, "a.safetensors", dropout=0.4)
     assert finetune("--out", "o", "--lora", "a.safetensors", "--dropout", "0.1") == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 from places import ORIGINAL
@@ -198,6 +199,18 @@ def test_samples_come_back_in_order_with_their_tokens():
     for text, (sample, ids, mask) in zip(texts, Renderer(tokenizer).encode(coming), strict=True):
         assert sample[0]["content"] == text and tokenizer.decode(ids) == f"<s>{text}</s>"
         assert mask == [1] * len(ids)
+
+
+def test_no_warning_of_a_length_that_is_cut():
+    warned = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warned.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        ((_, ids, _),) = Renderer(load_tokenizer()).encode([text_sample("春 " * 9000, "here")])
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert len(ids) > 8192 and warned == []
 
 
 @pytest.mark.parametrize("tools", [None, TOOLS])

@@ -256,8 +256,29 @@ def test_plot_writes_a_png_with_the_right_curves(tmp_path, drawn, case):
 
 def test_a_single_step_is_visible(tmp_path, drawn):
     plot_loss([STEPS[0]], tmp_path / "loss.png", "t")
-    line = next(x for x in drawn[0].axes[0].get_lines() if x.get_label() == "training loss")
-    assert line.get_marker() == "."  # a line through one point shows nothing
+    plot_loss(STEPS, tmp_path / "loss.png", "t")
+    one, four = ([axes.get_lines()[0].get_marker() for axes in f.axes] for f in drawn)
+    assert one == [".", "x"] and four == [".", ""]  # a line through one point shows nothing
+
+
+@pytest.mark.parametrize("loss", [0.05, 60.0, None], ids=["highest", "lowest", "alone"])
+def test_a_single_steps_loss_and_rate_lie_apart(tmp_path, drawn, loss):
+    rows = [STEPS[0], {**NOTHING, "event": "after", "heldout_loss": loss}]
+    plot_loss(rows, tmp_path / "loss.png", "t")
+    points = [a.transData.transform(a.get_lines()[0].get_xydata())[0] for a in drawn[0].axes]
+    assert abs(points[0] - points[1]).max() > 20  # pixels
+
+
+@pytest.mark.parametrize("losses", [(9.5, 9.2), (0.031, 0.024), (2.0, 1.1), (90.0, 0.5)])
+def test_losses_can_be_read_off_in_plain_numbers(tmp_path, drawn, losses):
+    rows = [STEPS[i] | {"loss": loss} for i, loss in enumerate(losses)]
+    plot_loss(rows, tmp_path / "loss.png", "t")
+    axes = drawn[0].axes[0]
+    low, high = axes.get_ylim()
+    texts = [text for tick in (*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks())
+             if low <= tick.get_loc() <= high and (text := tick.label1.get_text())]  # fmt: skip
+    assert len(texts) >= 2 and all(low <= float(text) <= high for text in texts)
+    assert len(texts) <= 12
 
 
 @pytest.mark.parametrize(
