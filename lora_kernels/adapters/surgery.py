@@ -262,6 +262,9 @@ def remove_lora(model: nn.Module, name: str | None = None) -> list[str]:
 def mark_only_lora_as_trainable(model: nn.Module, name: str | Sequence[str] | None = None) -> None:
     """Set ``requires_grad`` on `lora_parameters`, and clear it on all others.
 
+    Call it before DDP, and wrap anew after a change: the gradients of what was frozen when DDP
+    began are never averaged over the processes.
+
     Args:
         model: carries LoRA.
         name: of the adapter to train, or several; by default all that are in use. Others in use
