@@ -259,3 +259,36 @@ def test_bfloat16_without_instructions_for_it_is_warned_of(here, monkeypatch, ca
         assert ("--dtype auto takes float32 here" in said) == warned
     assert finetune("--out", "p", "--epochs", "1") == 0  # float32
     assert "warning" not in capsys.readouterr().err
+
+
+def test_a_killed_sft_leaves_no_part_of_a_model_and_goes_on(here, capsys):
+    command = [
+        "sft",
+        "--base",
+        "base",
+        "--data",
+        "data.jsonl",
+        "--dtype",
+        "float32",
+        "--batch-size",
+    ]
+    command = [*command, "4", *OPTIONS, "--out"]
+    assert main([*command, "whole"]) == 0
+    expected = {p.name for p in Path("whole").iterdir()}
+    taken = 0
+    for count in range(20, 200, 5):
+        out = f"o/{count}"
+        died = killed_at(count, here / "o", main, [*command, out])
+        if Path(out, "model.safetensors").exists():
+            taken += died
+            assert Path(out, "tokenizer.json").exists() and Path(out, "config.json").exists()
+        if Path(out, "resume.pt").exists():
+            assert main(["sft", "--resume", out]) == 0
+        elif died and not Path(out, "model.safetensors").exists():
+            assert main([*command, out]) == 0
+        assert {p.name for p in Path(out).iterdir()} == expected
+        ours, theirs = (load_file(Path(d, "model.safetensors")) for d in (out, "whole"))
+        assert all(torch.equal(ours[name], t) for name, t in theirs.items())
+        if not died:
+            break
+    assert taken > 2 and not died
