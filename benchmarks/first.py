@@ -191,6 +191,7 @@ def compiled(bench: Bench, wanted: Sequence[Problem], jobs: int) -> Iterator[Row
                 DTYPES[problem.dtype],
                 shape,
                 dropout_p=problem.dropout,
+                wide=True,  # factors as a layer has them
                 scale=0.5,  # as exact as that of the layers
             )
             if not case.refusal and forward != "aten":

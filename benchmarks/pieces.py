@@ -19,6 +19,7 @@ from .contenders import SCALE, Inputs, Unavailable
 from .shapes import DTYPES, Problem
 
 PACKED = 8  # keep bits in a byte
+FACTOR = 4  # bytes of a factor's element
 
 
 class Piece(NamedTuple):
@@ -55,12 +56,12 @@ class PieceCall(measure.Call):
 
 
 def operands(inputs: Inputs, dropout_p: float) -> Tensors:
-    """What the pieces read; keep bits and a seed where there is dropout."""
+    """What the pieces read, the factors in float32 as layers hold them; a mask with dropout."""
     x, weight, a, b, dy = (
-        t.detach() for t in (inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b, inputs.dy)
+        t.detach() for t in (inputs.x, inputs.weight, inputs.wide_a, inputs.wide_b, inputs.dy)
     )
     made = {"x": x, "weight": weight, "a": a, "b": b, "dy": dy}
-    made |= {"xa": x @ a.t(), "dxa": dy @ b}
+    made |= {"xa": x @ a.to(x.dtype).t(), "dxa": dy @ b.to(dy.dtype)}
     if dropout_p:
         columns = math.ceil(x.shape[1] / PACKED)
         made["bits"] = torch.randint(256, (x.shape[0], columns), dtype=torch.uint8, device=x.device)
@@ -143,13 +144,17 @@ def pieces(problem: Problem, capability: tuple[int, int]) -> Iterator[Piece]:
         role="dx",
         then=lambda made, t: made["dx"].addmm_(t["dy"], t["weight"]),
     )
-    yield piece("xa", "xa", forward, dict, moved=size * (m * k + r * k + m * r) + mask)
+    yield piece("xa", "xa", forward, dict, moved=size * (m * k + m * r) + FACTOR * r * k + mask)
     if not p:
-        yield piece("expand y", "expand", forward, _forward, moved=size * (m * n + r * n + m * r))
-        both = size * (m * n + 2 * n * r + 2 * m * r)
+        yield piece(
+            "expand y", "expand", forward, _forward, moved=size * (m * n + m * r) + FACTOR * r * n
+        )
+        both = size * (m * n + 2 * m * r) + 2 * FACTOR * n * r
         yield piece("dxa_db", "dxa_db", forward, dict, moved=both)
-    yield piece("expand dx", "expand", dx, _dx, moved=size * (m * k + r * k + m * r) + mask)
-    yield piece("da", "da", forward, _da, moved=size * (m * k + r * k + m * r) + mask)
+    yield piece(
+        "expand dx", "expand", dx, _dx, moved=size * (m * k + m * r) + FACTOR * r * k + mask
+    )
+    yield piece("da", "da", forward, _da, moved=size * (m * k + m * r) + FACTOR * r * k + mask)
 
 
 def _refuse(reason: str) -> Callable[[Tensors], Tensor]:

@@ -77,7 +77,8 @@ def pack_cases(capability: tuple[int, int]) -> list[Case | LayerCase]:
     pairs = dict.fromkeys((case.forward, case.dx) for case in layers)
     for (n, k), m, (forward, dx), p in product(LAYERS, TOKENS, pairs, (0.0, 0.1)):
         shape = Shape(m, n, k, 16)
-        options = {"dropout_p": p, "scale": EXACT_SCALE}  # as alpha over rank mostly is
+        # Factors in float32, as layers have them; a scale that alpha over rank mostly is.
+        options = {"dropout_p": p, "wide": True, "scale": EXACT_SCALE}
         layers.append(LayerCase(forward, dx, capability, torch.bfloat16, shape, **options))
     return cases + [layer for layer in layers if not layer.refusal]
 

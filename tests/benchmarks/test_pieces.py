@@ -72,9 +72,9 @@ def test_products_count_the_base_product_and_passes_each_byte_once():
     found = by_name()
     for name in ("y by torch", "dx by hopper", "y by beta1", "y and xa by one_kernel"):
         assert (found[name].flops, found[name].bytes) == (2 * M * K * N, 0)
-    assert found["xa"].bytes == 2 * (M * K + R * K + M * R) and not found["xa"].flops
-    assert found["expand y"].bytes == 2 * (M * N + N * R + M * R)
-    assert found["dxa_db"].bytes == 2 * (M * N + 2 * N * R + 2 * M * R)
+    assert found["xa"].bytes == 2 * (M * K + M * R) + 4 * R * K and not found["xa"].flops
+    assert found["expand y"].bytes == 2 * (M * N + M * R) + 4 * N * R
+    assert found["dxa_db"].bytes == 2 * (M * N + 2 * M * R) + 8 * N * R
     masked = by_name(PROBLEM._replace(dropout=0.1))
     assert masked["xa"].bytes == found["xa"].bytes + M * K // 8
     assert masked["da"].bytes == found["da"].bytes + M * K // 8
