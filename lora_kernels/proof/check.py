@@ -76,13 +76,14 @@ PROBES = (
     Probe(16, "round", False, True, False),
     Probe(1, "odd", False, False, True),
     Probe(5, "round", True, True, False),
+    Probe(32, "round", True, False, True),
     Probe(48, "odd", True, True, False),
     Probe(64, "round", False, False, True),
     Probe(128, "odd", False, True, False),
     Probe(128, "many", True, False, False),
     Probe(16, "many", False, True, False),
 )
-QUICK_PROBES = PROBES[:2] + PROBES[4:5]
+QUICK_PROBES = PROBES[:2] + PROBES[5:6]
 LAYER_RANKS = {"odd": 5, "round": 16, "odd_tma": 160}
 
 

@@ -13,7 +13,7 @@ from kernel_cases import PATHS, Case, drawn_mask, make
 from lora_kernels import LoRALinear, lora_linear, use_backend
 
 # torch's own forward mode compiles its decompositions by it.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`")
 
 NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
 SUBSETS = [s for size in range(1, 6) for s in itertools.combinations(NAMES, size)]
