@@ -87,7 +87,10 @@ def _checked(weights: Any, names: Sequence[str]) -> list[float]:
         if not math.isfinite(number):
             raise ValueError(f"weights must be finite, got {weights!r}")
     if len(numbers) != len(names):
-        raise ValueError(f"weights must be {len(names)} for {list(names)}, got {weights!r}")
+        raise ValueError(
+            f"weights must be one number for each name of {list(names)}, got {len(numbers)}: "
+            f"{weights!r}; leave them out for 1 each"
+        )
     return [float(number) for number in numbers]
 
 

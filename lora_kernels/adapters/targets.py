@@ -40,7 +40,11 @@ def find_whole_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
         matches = [name for name in modules if ends_in_name(name, suffix)]
         if not matches:
             close = difflib.get_close_matches(suffix, [strip_wrappers(n) for n in modules], n=3)
-            hint = f"; did you mean {close}?" if close else ""
+            hint = (
+                f"; did you mean {close}?"
+                if close
+                else f"; the model has {listed([strip_wrappers(n) for n in modules if n])}"
+            )
             raise ValueError(f"modules_to_save has {suffix!r}, which is no module{hint}")
         if not any(_has_parameters(modules[name]) for name in matches):
             raise ValueError(f"modules_to_save has {suffix!r}: {matches[0]!r} has no parameters")

@@ -34,11 +34,11 @@ TIMES = 2  # the first call compiles, the second finds what the first one left
 
 
 class Task(NamedTuple):
-    """One case for one GPU, on the stub at ``library``."""
+    """One case for one GPU, on the stub at ``stub``."""
 
     case: Case | LayerCase
     target: str
-    library: str
+    stub: str
 
 
 class Launched(NamedTuple):
@@ -81,21 +81,19 @@ def _loads(case: Case | LayerCase) -> tuple[bool, bool]:
 _stub: dict[str, Any] = {}
 
 
-def driver_for(target: str, library: str) -> Any:
+def driver_for(target: str, stub: str) -> Any:
     """The stub posing as this GPU in this process, which has no other."""
     if not _stub:
         capability, sms = TARGETS[target]
         shared = tuning.shared_memory(capability)
-        _stub["library"], _stub["driver"] = stub_driver.activate(
-            Path(library), capability, sms, shared
-        )
-    return _stub["library"]
+        _stub["loaded"], _stub["driver"] = stub_driver.activate(Path(stub), capability, sms, shared)
+    return _stub["loaded"]
 
 
 def launch(task: Task) -> Launched:
     """Run a case on the stub, and compare what arrived there with what was to be launched."""
     case, (_, sms) = task.case, TARGETS[task.target]
-    stub = driver_for(task.target, task.library)
+    stub = driver_for(task.target, task.stub)
     before = stub.stub_launches()
     absent = case.operands(torch.device("meta"))
     operands = {
@@ -171,7 +169,7 @@ PLANTED = {
 }
 
 
-def planted(target: str, library: str) -> dict[str, str]:
+def planted(target: str, stub: str) -> dict[str, str]:
     """What is said of one product with each fault planted, and of it as it is."""
     case = Case(
         "hopper",
@@ -179,7 +177,7 @@ def planted(target: str, library: str) -> dict[str, str]:
         torch.bfloat16,
         Shape(1024, 768, 512, 16),
     )
-    task = Task(case, target, library)
+    task = Task(case, target, stub)
     said = {"": launch(task).error}
     for name, plant in PLANTED.items():
         with plant():
@@ -198,12 +196,12 @@ def main(arguments: list[str] | None = None) -> int:
     if lacking := stub_driver.missing():
         parser.error(lacking)
     with tempfile.TemporaryDirectory() as folder:
-        library = str(stub_driver.build(Path(folder)))
+        stub = str(stub_driver.build(Path(folder)))
         if options.planted:
-            print(json.dumps(planted(options.target, library)))
+            print(json.dumps(planted(options.target, stub)))
             return 0
         cases = every_case(options.target) if options.all else some_cases(options.target)
-        tasks = [Task(case, options.target, library) for case in cases]
+        tasks = [Task(case, options.target, stub) for case in cases]
         results: list[Any] = [None] * len(tasks)
         ended = spread(launch, tasks, options.jobs, [__name__])
         for index, result in progress(ended, len(tasks), "launching"):
