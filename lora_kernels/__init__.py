@@ -18,6 +18,7 @@ from .adapters.surgery import (
 )
 from .config import LoRAConfig
 from .dispatch import explain, use_backend
+from .group.autograd import lora_linear_group
 from .kernels.tuning import use_strategy
 from .linear.autograd import lora_linear
 from .linear.factors import LoRA
@@ -43,6 +44,7 @@ __all__ = [
     "lora_adapters",
     "lora_layers",
     "lora_linear",
+    "lora_linear_group",
     "lora_parameters",
     "lora_state_dict",
     "mark_only_lora_as_trainable",

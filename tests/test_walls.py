@@ -18,6 +18,7 @@ FLOORS = {
         {"__init__"},
         {"proof"},
         {"adapters"},
+        {"group"},
         {"linear"},
         {"kernels", "config", "dispatch"},
     ),
@@ -45,7 +46,9 @@ DOORS = {
 }
 IMPORTERS = ("import_module", "__import__")
 # These import by a name that is not written out: a neighbour's, or one of their own `_HOMES`.
-BY_NAME = {"lora_kernels.linear.ops"} | {door for door in DOORS if door.endswith("__init__")}
+BY_NAME = {"lora_kernels.linear.ops", "lora_kernels.group.ops"} | {
+    door for door in DOORS if door.endswith("__init__")
+}
 # Tests of no one file: of the README, of all files, and of the suites as they are run.
 OF_NO_FILE = {"test_readme.py", "benchmarks/test_suites.py", "test_walls.py"}
 

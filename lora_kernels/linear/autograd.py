@@ -64,15 +64,15 @@ def lora_linear(
     """
     # Outside of compiled code this runs on the host in each call, often as the slowest part of it:
     # what is usual is settled by the cheapest question.
-    if not _fits(x, weight, lora_a, lora_b, bias):
-        _check(x, weight, lora_a, lora_b, bias)
+    if not fits(x, weight, lora_a, lora_b, bias):
+        check_operands(x, weight, lora_a, lora_b, bias)
     if dropout_p != 0.0:
         check_dropout(dropout_p, "dropout_p")
-    autocasts = _autocasts(x)
+    casting = autocasts(x)
     own = type(weight) not in _PLAIN_TYPES and multiplies_by_itself(type(weight))
-    if own and autocasts:
+    if own and casting:
         pass  # the product settles by itself what becomes of the dtypes
-    elif autocasts and x.dtype != torch.float64:
+    elif casting and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -90,7 +90,7 @@ def lora_linear(
     if widened:
         path = _WIDENED
     traced = is_compiling()
-    if _looked_into(traced) and not (path == "triton" and is_named()):
+    if is_looked_into(traced) and not (path == "triton" and is_named()):
         path, traced = _PLAIN, False
     dims = x.dim()
     rows = x if dims == 2 else x[None] if dims == 1 else x.flatten(0, -2)
@@ -98,7 +98,7 @@ def lora_linear(
     if training and dropout_p:
         noise = draw_seed(x.device) if path == "triton" else draw_keep_mask(rows, dropout_p)
     operands = rows, weight, lora_a, lora_b, bias, noise, float(scale), dropout_p, path
-    if autocasts:  # the dtypes are settled: it would change some of the products and not others
+    if casting:  # the dtypes are settled: it would change some of the products and not others
         with torch.autocast(x.device.type, enabled=False):
             y = _call(operands, traced)
     else:
@@ -115,14 +115,14 @@ _WIDENED, _PLAIN = "widened", "plain"
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
-def _autocasts(tensor: Tensor) -> bool:
+def autocasts(tensor: Tensor) -> bool:
     if tensor.is_cpu:
         return torch.is_autocast_enabled("cpu")
     # The meta device has no autocast and raises; torch.amp's own question breaks the graph on 2.11.
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
-def _looked_into(traced: bool) -> bool:
+def is_looked_into(traced: bool) -> bool:
     """Whether somebody needs the products themselves, of which a Function would show none."""
     if traced:
         # Not `is_exporting()`, which torch 2.11 takes for true in every graph that it traces.
@@ -198,7 +198,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], xa: Tensor, bits: Tensor | None) ->
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of `_forward`'s arguments, without a graph of their own."""
-    if _autocasts(dy):
+    if autocasts(dy):
         with torch.autocast(dy.device.type, enabled=False):
             return _backward(ctx, dy)
     x, weight, lora_a, lora_b, xa, keep = ctx.saved_tensors  # once: checkpointing unpacks no more
@@ -233,7 +233,7 @@ def _backward_with_graph(
     given = dxa if dy is None else dy
     if given is None:
         return (None,) * 9
-    if _autocasts(given):
+    if autocasts(given):
         with torch.autocast(given.device.type, enabled=False):
             return _backward_with_graph(ctx, dy, dxa)
     x, weight, lora_a, lora_b, xa, keep = ctx.saved_tensors
@@ -296,8 +296,8 @@ class _TracedLoRALinear(torch.autograd.Function):
 _NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
 
 
-def _fits(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> bool:
-    """Whether `_check` would pass; it may say no to what would, and never yes to what would not."""
+def fits(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> bool:
+    """Whether `check_operands` passes; it may say no to what does, never yes to what does not."""
     try:
         (n, k), (rank, k_of_a), dtype = weight.shape, lora_a.shape, x.dtype
         return (
@@ -321,8 +321,16 @@ def _fits(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tenso
         return False
 
 
-def _check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
-    tensors = (x, weight, lora_a, lora_b, x if bias is None else bias)
+def check_operands(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """Raise what `lora_linear` raises for these; A and B may be None, both of them, for no LoRA."""
+    bare = lora_a is None and lora_b is None
+    tensors = (x, weight, x if bare else lora_a, x if bare else lora_b, x if bias is None else bias)
     for name, tensor in zip(_NAMES, tensors, strict=True):
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             came = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
@@ -338,6 +346,10 @@ def _check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tens
         raise ValueError(
             f"x must be [..., {k}] to fit weight [{n}, {k}], got shape {tuple(x.shape)}"
         )
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias must be [{n}], got shape {tuple(bias.shape)}")
+    if lora_a is None or lora_b is None:
+        return
     if lora_a.dim() != 2 or lora_a.shape[1] != k or lora_a.shape[0] < 1:
         raise ValueError(
             f"lora_a must be [R, {k}] with R at least 1, got shape {tuple(lora_a.shape)}"
@@ -345,5 +357,3 @@ def _check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tens
     rank = lora_a.shape[0]
     if lora_b.shape != (n, rank):
         raise ValueError(f"lora_b must be [{n}, {rank}], got shape {tuple(lora_b.shape)}")
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"bias must be [{n}], got shape {tuple(bias.shape)}")

@@ -50,10 +50,10 @@ def forward(
     """``(y, xa, keep_bits)`` of 2-D x by the kernels; without a seed the bits are None or empty."""
     if 0 in weight.shape or not x.shape[0]:
         y, xa = reference.forward(x, weight, lora_a, lora_b, bias, scale, None, 0.0)
-        return y, xa, _bits_like(x, seed)
-    with _on_device_of(x):
+        return y, xa, bits_like(x, seed)
+    with on_device_of(x):
         found: tuple[Tensor, Tensor, Tensor | None] = _kernels("forward").forward(
-            x, weight, lora_a, lora_b, bias, scale, seed, dropout_p, _capability(x)
+            x, weight, lora_a, lora_b, bias, scale, seed, dropout_p, capability_for(x)
         )
     return found
 
@@ -71,7 +71,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `forward`; the bits are empty ``[0, 0]`` without a seed, for an operator gives tensors."""
     y, xa, bits = forward(x, weight, lora_a, lora_b, bias, seed, scale, dropout_p)
-    return y, xa, _bits_like(x, None) if bits is None else bits
+    return y, xa, bits_like(x, None) if bits is None else bits
 
 
 @torch.library.register_fake(FORWARD)
@@ -86,7 +86,7 @@ def _forward_fake(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape[0], weight.shape[0])
-    return y, x.new_empty(x.shape[0], lora_a.shape[0]), _bits_like(x, seed)
+    return y, x.new_empty(x.shape[0], lora_a.shape[0]), bits_like(x, seed)
 
 
 def backward(
@@ -104,7 +104,7 @@ def backward(
     """The gradients that ``needs`` asks for, by the kernels."""
     if 0 in weight.shape or not x.shape[0]:
         return reference.backward(dy, x, weight, lora_a, lora_b, xa, scale, None, 0.0, needs)
-    with _on_device_of(x):
+    with on_device_of(x):
         grads: Grads = _kernels("backward").backward(
             dy,
             x,
@@ -116,7 +116,7 @@ def backward(
             keep_bits,
             dropout_p,
             needs,
-            _capability(x),
+            capability_for(x),
         )
     return grads
 
@@ -159,7 +159,7 @@ def _backward_fake(
     ]
 
 
-def _bits_like(x: Tensor, seed: Tensor | None) -> Tensor:
+def bits_like(x: Tensor, seed: Tensor | None) -> Tensor:
     shape = (0, 0) if seed is None else (x.shape[0], (x.shape[1] + 7) // 8)
     return x.new_empty(shape, dtype=torch.uint8)
 
@@ -170,12 +170,12 @@ def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __package__)
 
 
-def _capability(x: Tensor) -> tuple[int, int]:
+def capability_for(x: Tensor) -> tuple[int, int]:
     # The interpreter stands in for the GPU with the most kernels.
     return capability_of(x.get_device()) if x.is_cuda else (9, 0)
 
 
-def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, which need not be x's."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)

@@ -55,20 +55,27 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``xa = drop(x)·Aᵀ``, ``y = x·Wᵀ + scale·xa·Bᵀ + bias``; returns ``(y, xa)`` in x's dtype."""
     if keep is None:
-        xa = x.mm(_as(lora_a, x.dtype).t())
+        xa = x.mm(as_dtype(lora_a, x.dtype).t())
     else:
-        xa = _kept(x, keep).mm(_as(lora_a, x.dtype).t()).mul_(1.0 / (1.0 - dropout_p))
-    factor = _as(lora_b, x.dtype).t()
+        xa = kept(x, keep).mm(as_dtype(lora_a, x.dtype).t()).mul_(1.0 / (1.0 - dropout_p))
+    return with_branch(x, weight, xa, lora_b, bias, scale), xa
+
+
+def with_branch(
+    x: Tensor, weight: Tensor, xa: Tensor, lora_b: Tensor, bias: Tensor | None, scale: float
+) -> Tensor:
+    """``x·Wᵀ + scale·xa·Bᵀ + bias``, of which one product adds itself onto the other."""
+    factor = as_dtype(lora_b, x.dtype).t()
     if is_compiling():
         # torch 2.11 traces an output written in place into gradients that are silently zero.
-        return F.linear(x, weight, bias).addmm(xa, factor, alpha=scale), xa
-    if not _rank_first(x.shape[0], lora_a.shape[0], weight):
-        return F.linear(x, weight, bias).addmm_(xa, factor, alpha=scale), xa
+        return F.linear(x, weight, bias).addmm(xa, factor, alpha=scale)
+    if not rank_first(x.shape[0], xa.shape[1], *weight.shape):
+        return F.linear(x, weight, bias).addmm_(xa, factor, alpha=scale)
     if bias is None:
         y = x.new_empty(x.shape[0], weight.shape[0]).addmm_(xa, factor, beta=0, alpha=scale)
     else:
         y = torch.addmm(bias, xa, factor, alpha=scale)
-    return y.addmm_(x, weight.t()), xa
+    return y.addmm_(x, weight.t())
 
 
 def backward(
@@ -92,10 +99,10 @@ def backward(
     if needs.x or needs.lora_a:
         # Wherever dxa is used the mask follows, so the 1 / (1 - p) of both goes in here.
         factor = scale if keep is None else scale / (1.0 - dropout_p)
-        dxa = dy.mm(_as(lora_b, dy.dtype)).mul_(factor)
+        dxa = dy.mm(as_dtype(lora_b, dy.dtype)).mul_(factor)
     if needs.x:
-        factor_a = _as(lora_a, dy.dtype)
-        if not is_compiling() and _rank_first(dy.shape[0], lora_a.shape[0], weight):
+        factor_a = as_dtype(lora_a, dy.dtype)
+        if not is_compiling() and rank_first(dy.shape[0], lora_a.shape[0], *weight.shape):
             dx = dxa.mm(factor_a)
             if keep is not None:
                 dx.mul_(keep.view(torch.uint8))
@@ -103,20 +110,30 @@ def backward(
         elif keep is None:
             dx = dy.mm(weight).addmm_(dxa, factor_a)
         else:
-            dx = dy.mm(weight).add_(_kept(dxa.mm(factor_a), keep))
+            dx = dy.mm(weight).add_(kept(dxa.mm(factor_a), keep))
     if needs.lora_b:
-        if is_compiling() or dy.shape[0] < _MANY or torch.get_num_threads() > 1:
-            db = dy.t().mm(xa).mul_(scale)
-        else:
-            db = xa.t().mm(dy).mul_(scale).t().contiguous()
-        db = _as(db, lora_b.dtype)
+        db = db_of(dy, xa, scale, lora_b.dtype)
     if needs.lora_a:
-        da = _as(dxa.t().mm(x if keep is None else _kept(x, keep)), lora_a.dtype)
+        da = as_dtype(dxa.t().mm(x if keep is None else kept(x, keep)), lora_a.dtype)
     if needs.weight:
         dweight = dy.t().mm(x)
     if needs.bias:
-        dbias = dy.sum(0, dtype=torch.float32).to(dy.dtype) if _narrow(dy) else dy.sum(0)
+        dbias = dbias_of(dy)
     return Grads(dx, dweight, da, db, dbias)
+
+
+def db_of(dy: Tensor, xa: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """``scale·dyᵀ·xa [N, R]`` in ``dtype``."""
+    if is_compiling() or dy.shape[0] < _MANY or torch.get_num_threads() > 1:
+        db = dy.t().mm(xa).mul_(scale)
+    else:
+        db = xa.t().mm(dy).mul_(scale).t().contiguous()
+    return as_dtype(db, dtype)
+
+
+def dbias_of(dy: Tensor) -> Tensor:
+    """``Σ dy [N]``, summed in float32 or wider."""
+    return dy.sum(0, dtype=torch.float32).to(dy.dtype) if is_narrow(dy) else dy.sum(0)
 
 
 def plain_forward(
@@ -166,11 +183,11 @@ def backward_with_graph(
     if needs.x and branch is not None:
         dx = branch.mm(lora_a)  # type: ignore[arg-type]
         if keep is not None:
-            dx = _kept(dx, keep)
+            dx = kept(dx, keep)
         if dy is not None:
             dx = dx + dy.mm(weight)  # type: ignore[arg-type]
     if needs.lora_a and branch is not None:
-        da = branch.t().mm(x if keep is None else _kept(x, keep))  # type: ignore[arg-type]
+        da = branch.t().mm(x if keep is None else kept(x, keep))  # type: ignore[arg-type]
     if dy is not None:
         if needs.lora_b:
             if x is not None and lora_a is not None:
@@ -179,12 +196,12 @@ def backward_with_graph(
         if needs.weight:
             dweight = dy.t().mm(x)  # type: ignore[arg-type]
         if needs.bias:
-            dbias = dy.sum(0, dtype=torch.float32 if _narrow(dy) else None)
+            dbias = dy.sum(0, dtype=torch.float32 if is_narrow(dy) else None)
     return Grads(dx, dweight, da, db, dbias)
 
 
 def _xa_with_graph(x: Tensor, lora_a: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
-    xa = (x if keep is None else _kept(x, keep)).mm(lora_a.to(x.dtype).t())
+    xa = (x if keep is None else kept(x, keep)).mm(lora_a.to(x.dtype).t())
     return xa if keep is None else xa * (1.0 / (1.0 - dropout_p))
 
 
@@ -202,7 +219,7 @@ def widened_forward(
 
     For CPUs that take a 16-bit product an element at a time, see `dispatch.widens`.
     """
-    if x.shape[0] < _WIDENED_ROWS and not is_compiling():
+    if x.shape[0] < WIDENED_ROWS and not is_compiling():
         # Few rows are dot products with the rows of W, which those CPUs do read fast.
         y, xa = forward(x, weight, lora_a, lora_b, bias, scale, keep, dropout_p)
         return y, xa.float()
@@ -239,32 +256,32 @@ def widened_backward(
     )
 
 
-# From so many rows on buffers outgrow the cache, see `_rank_first`; and one thread of MKL takes the
+# From so many rows on buffers outgrow the cache, see `rank_first`; and one thread of MKL takes the
 # tall dyᵀ at two thirds of the speed of the thin xaᵀ, where several share the tall one out better.
 _MANY = 256
 # From so many rows on it pays to widen the weight for forward, at 512 and at 4864 features alike.
-_WIDENED_ROWS = 16
+WIDENED_ROWS = 16
 
 
-def _rank_first(rows: int, rank: int, weight: Tensor) -> bool:
+def rank_first(rows: int, rank: int, n: int, k: int) -> bool:
     """Whether the big product adds itself onto the rank part, and not the other way round.
 
     That it reads what it adds onto hides behind its arithmetic, which is worth up to 8 % with many
     rows; few stay in the cache. Onto a rank part that outweighs it, it would add less exactly.
     """
-    return rows >= _MANY and 4 * rank <= min(weight.shape)
+    return rows >= _MANY and 4 * rank <= min(n, k)
 
 
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`Tensor.to` for tensors that mostly are so already: a comparison instead of a call."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _kept(x: Tensor, keep: Tensor) -> Tensor:
+def kept(x: Tensor, keep: Tensor) -> Tensor:
     """``keep ⊙ x``, as torch's own dropout takes it: a dropped NaN or infinity makes a NaN."""
     # On a CPU seven times as fast as torch.where, and three times as a product with a boolean.
     return x * keep.view(torch.uint8)
 
 
-def _narrow(tensor: Tensor) -> bool:
+def is_narrow(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float16, torch.bfloat16)

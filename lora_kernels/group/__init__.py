@@ -1,0 +1,1 @@
+"""LoRA linears that read the same input, computed together."""
