@@ -7,6 +7,7 @@ import pytest
 import torch
 from kernel_cases import DEVICES, seed_of
 
+from lora_kernels.kernels import dropout
 from lora_kernels.kernels.dropout import (
     draw_seed,
     keep_mask,
@@ -73,6 +74,19 @@ def test_packing_returns():
     bits = pack_bits(keep)
     assert bits.shape == (5, 3) and torch.equal(unpack_bits(bits, 19), keep)
     assert bits[0, 0].item() == sum(int(b) << i for i, b in enumerate(keep[0, :8].tolist()))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (5, 19), (4, 64)], ids=str)
+@pytest.mark.parametrize("where", ["alone", "inside", "transposed"])
+def test_bits_are_the_same_by_words_and_by_sums(shape, where, monkeypatch):
+    """Of a mask wherever it lies: words of eight bytes begin at multiples of eight."""
+    rows, cols = shape
+    keep = (torch.rand(rows * cols + 3) > 0.4)[3:].view(shape)
+    keep = {"alone": keep.clone(), "inside": keep, "transposed": keep.t().contiguous().t()}[where]
+    bits = pack_bits(keep)
+    assert torch.equal(unpack_bits(bits, cols), keep)
+    monkeypatch.setattr(dropout, "_by_words", lambda tensor: False)
+    assert torch.equal(pack_bits(keep), bits) and torch.equal(unpack_bits(bits, cols), keep)
 
 
 def test_a_seed_follows_the_generator():
