@@ -29,9 +29,9 @@ from .tiles import (
     block_of,
     cast,
     ceil_div,
-    dot,
     grouped_tile,
     precision,
+    product_tile,
     rank_tile,
 )
 from .tuning import Config
@@ -110,29 +110,29 @@ def pointer_gemm_kernel(
     )
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_ok = (rows < M)[:, None]
-    col_ok = (cols < N)[None, :]
     if HAS_PRODUCT:
-        inner = tl.arange(0, BLOCK_K)
-        p_ptrs = (
-            p_ptr + rows.to(tl.int64)[:, None] * stride_pm + inner.to(tl.int64)[None, :] * stride_pk
+        acc = product_tile(
+            acc,
+            p_ptr,
+            q_ptr,
+            rows,
+            cols,
+            M,
+            N,
+            K,
+            stride_pm,
+            stride_pk,
+            stride_qk,
+            stride_qn,
+            p_step,
+            q_step,
+            EVEN_K,
+            PRECISION,
+            BLOCK_K,
         )
-        q_ptrs = (
-            q_ptr + inner.to(tl.int64)[:, None] * stride_qk + cols.to(tl.int64)[None, :] * stride_qn
-        )
-        for start in range(0, K, BLOCK_K):
-            if EVEN_K:
-                p = tl.load(p_ptrs, mask=row_ok, other=0.0)  # [BM, BK]
-                q = tl.load(q_ptrs, mask=col_ok, other=0.0)  # [BK, BN]
-            else:
-                inner_ok = start + inner < K
-                p = tl.load(p_ptrs, mask=row_ok & inner_ok[None, :], other=0.0)
-                q = tl.load(q_ptrs, mask=inner_ok[:, None] & col_ok, other=0.0)
-            acc = dot(p, q, acc, PRECISION)
-            p_ptrs += p_step
-            q_ptrs += q_step
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
-    tl.store(out_ptrs, cast(acc, DTYPE), mask=row_ok & col_ok)
+    tl.store(out_ptrs, cast(acc, DTYPE), mask=inside)
 
 
 def pointer_gemm(

@@ -159,6 +159,50 @@ def rank_tile(
     return acc
 
 
+@triton.jit
+def product_tile(
+    acc,
+    p_ptr,
+    q_ptr,
+    rows,
+    cols,
+    M,
+    N,
+    K,
+    stride_pm,
+    stride_pk,
+    stride_qk,
+    stride_qn,
+    p_step,
+    q_step,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``acc + p[rows, :]·q[:, cols]``, ``[BM, BN]`` in float32; the steps are a block's along K."""
+    row_ok = (rows < M)[:, None]
+    col_ok = (cols < N)[None, :]
+    inner = tl.arange(0, BLOCK_K)
+    p_ptrs = (
+        p_ptr + rows.to(tl.int64)[:, None] * stride_pm + inner.to(tl.int64)[None, :] * stride_pk
+    )
+    q_ptrs = (
+        q_ptr + inner.to(tl.int64)[:, None] * stride_qk + cols.to(tl.int64)[None, :] * stride_qn
+    )
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            p = tl.load(p_ptrs, mask=row_ok, other=0.0)  # [BM, BK]
+            q = tl.load(q_ptrs, mask=col_ok, other=0.0)  # [BK, BN]
+        else:
+            inner_ok = start + inner < K
+            p = tl.load(p_ptrs, mask=row_ok & inner_ok[None, :], other=0.0)
+            q = tl.load(q_ptrs, mask=inner_ok[:, None] & col_ok, other=0.0)
+        acc = dot(p, q, acc, PRECISION)
+        p_ptrs += p_step
+        q_ptrs += q_step
+    return acc
+
+
 def precision(dtype: torch.dtype) -> str:
     """``"tf32"`` where torch's own float32 matrix products would use it on CUDA, else ``"ieee"``.
 

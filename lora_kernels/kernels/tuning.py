@@ -121,6 +121,31 @@ ROWS = (
     Row((9, 0), "da", 2, Config(64, 0, 128, 4, 3)),
     Row(ANY, "da", 2, Config(64, 0, 64, 8, 3)),
     Row(ANY, "da", 4, Config(32, 0, 32, 4, 2)),
+    # Of groups. Their tiles are those of the kernels above, picked from among the members.
+    Row(ANY, "group_one_kernel", 2, Config(16, 64, 64, 4, 3), m=64),
+    Row((9, 0), "group_one_kernel", 2, Config(64, 64, 64, 4, 3), m=1024, r=32),
+    Row((9, 0), "group_one_kernel", 2, Config(128, 128, 64, 8, 3)),
+    Row(ANY, "group_one_kernel", 2, Config(64, 64, 64, 8, 3), r=32),
+    Row(ANY, "group_one_kernel", 2, Config(32, 64, 64, 4, 3)),
+    Row(ANY, "group_one_kernel", 4, Config(32, 32, 32, 8, 2)),
+    Row(ANY, "group_y", 2, Config(64, 64, 64, 8, 3), m=512),
+    Row(ANY, "group_y", 2, Config(128, 128, 64, 8, 3), shared=BIG),
+    Row(ANY, "group_y", 2, Config(128, 128, 32, 8, 3)),
+    Row(ANY, "group_y", 4, Config(64, 64, 32, 8, 2)),
+    Row(ANY, "group_expand", 2, Config(64, 128, 0, 4, 1)),
+    Row(ANY, "group_expand", 4, Config(32, 64, 0, 8, 1)),
+    Row(ANY, "group_dxa_db", 2, Config(32, 64, 0, 4, 3), m=1024, r=32),
+    Row(ANY, "group_dxa_db", 2, Config(32, 64, 0, 4, 2), m=1024),
+    Row((9, 0), "group_dxa_db", 2, Config(256, 64, 0, 8, 2, per_sm=2), r=16),
+    Row((9, 0), "group_dxa_db", 2, Config(256, 64, 0, 8, 3), r=32),
+    Row((9, 0), "group_dxa_db", 2, Config(128, 64, 0, 8, 3)),
+    Row(ANY, "group_dxa_db", 2, Config(128, 64, 0, 8, 2), r=32),
+    Row(ANY, "group_dxa_db", 2, Config(64, 64, 0, 8, 2)),
+    Row(ANY, "group_dxa_db", 4, Config(32, 32, 0, 8, 2)),
+    Row(ANY, "group_dx", 2, Config(64, 64, 64, 8, 3), m=512),
+    Row(ANY, "group_dx", 2, Config(128, 128, 64, 8, 3), shared=BIG),
+    Row(ANY, "group_dx", 2, Config(128, 128, 32, 8, 3)),
+    Row(ANY, "group_dx", 4, Config(64, 64, 32, 8, 2)),
 )
 
 
@@ -204,6 +229,7 @@ def strategy(
     dropped: bool,
     tma: bool,
     sms: int,
+    alike: bool = True,
 ) -> str:
     """How to compute ``"forward"`` or ``"dx"``: a name of `STRATEGIES`.
 
@@ -214,6 +240,7 @@ def strategy(
         dropped: whether dropout is applied.
         tma: whether the big operands' strides and addresses suit TMA descriptors.
         sms: multiprocessors of the GPU.
+        alike: whether the weights of a group have the same strides.
 
     Raises:
         RuntimeError: `use_strategy` asked for one that cannot serve this call.
@@ -221,10 +248,15 @@ def strategy(
     asked = _forced.forward if role == "forward" else _forced.dx
     if asked is not None:
         refusal = _refusal(asked, capability, dtype, shape, dropped, tma)
+        if not alike and asked not in ("beta1", "aten"):
+            refusal = "the weights of the group differ in their strides"
         if refusal:
             raise RuntimeError(f"strategy {asked!r} was asked for {role}, but {refusal}")
         return asked
-    return _by_arithmetic(role, capability, dtype, shape, dropped, tma, sms)
+    found = _by_arithmetic(role, capability, dtype, shape, dropped, tma, sms)
+    if not alike and found not in ("beta1", "aten"):
+        return "beta1" if dropped else "aten"
+    return found
 
 
 def _by_arithmetic(

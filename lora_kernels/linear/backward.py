@@ -25,7 +25,7 @@ from .dxa_db import plan_dxa_db
 from .reference import Grads, Needs
 
 # Above this rank the passes for dxa, db and da are matrix products worth cuBLAS's while.
-_SKINNY_RANK = 128
+SKINNY_RANK = 128
 
 _Lookup = Callable[..., Config]
 
@@ -141,7 +141,7 @@ def _plan_from_dy(
 ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """``dxa``, ``db`` and ``dbias`` of dy, B and xa."""
     (m, n), r, dtype, wide = dy.shape, lora_b.shape[1], dy.dtype, lora_b.dtype
-    if not (need_dxa or needs.lora_b) or r > _SKINNY_RANK:
+    if not (need_dxa or needs.lora_b) or r > SKINNY_RANK:
 
         def by_torch(dy: Tensor, lora_b: Tensor, xa: Tensor) -> Any:
             dxa = (dy @ lora_b.to(dtype)).mul_(scale) if need_dxa else None
@@ -150,7 +150,7 @@ def _plan_from_dy(
 
         return by_torch
     chosen = config("dxa_db")
-    apart = need_dxa and needs.lora_b and _slabs_outweigh(m, n, r, chosen)
+    apart = need_dxa and needs.lora_b and slabs_outweigh(m, n, r, chosen)
     together = needs.lora_b and not apart
     one_pass = plan_dxa_db(dy, lora_b, xa, scale, need_dxa, together, needs.bias, chosen)
     if not apart:
@@ -174,7 +174,7 @@ def _plan_da(
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """``da`` of dxa, x and the keep bits."""
     dtype = lora_a.dtype
-    if dxa.shape[1] > _SKINNY_RANK and keep_bits is None:
+    if dxa.shape[1] > SKINNY_RANK and keep_bits is None:
         return lambda dxa, x, _: (dxa.t() @ x).to(dtype)
     return plan_da(dxa, x, keep_bits is not None, dropout_p, dtype, config("da"))
 
@@ -202,7 +202,7 @@ def _plan_dx(
     return lambda dy, weight, dxa, lora_a, bits: gemm(dy, weight, dxa, lora_a, None, bits)
 
 
-def _slabs_outweigh(m: int, n: int, r: int, config: Config) -> bool:
+def slabs_outweigh(m: int, n: int, r: int, config: Config) -> bool:
     """Whether db's partial sums would cost more than reading dy once more.
 
     They are written and read, ``8·M/block_m·N·R`` bytes of float32, beside dy's ``2·M·N``; small

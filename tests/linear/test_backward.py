@@ -102,7 +102,7 @@ def test_db_taken_apart_is_db(bias, device, monkeypatch, poisoned):
     arguments = (t.dy, *t[:4], xa, SCALE, None, 0.0, needs, (8, 0))
     with tuning.use_strategy(dx="fused"):
         together = kernels.backward(*arguments)
-        monkeypatch.setattr(kernels, "_slabs_outweigh", lambda *_: True)
+        monkeypatch.setattr(kernels, "slabs_outweigh", lambda *_: True)
         plans.clear()
         apart = kernels.backward(*arguments)
     for field, one, other in zip(Grads._fields, apart, together, strict=True):
@@ -114,7 +114,7 @@ def test_db_taken_apart_is_db(bias, device, monkeypatch, poisoned):
 
 def test_db_is_taken_apart_where_its_slabs_would_outweigh_dy():
     def apart(m, n, r, block_m):
-        return kernels._slabs_outweigh(m, n, r, Config(block_m, 64, 0))
+        return kernels.slabs_outweigh(m, n, r, Config(block_m, 64, 0))
 
     assert not apart(8192, 4096, 16, 256)
     assert not apart(8192, 14336, 64, 256)  # as much as dy once more, and one launch less
