@@ -69,7 +69,7 @@ def _forward(
 ) -> list[Tensor]:
     """The ys, then xa and the bits, each where there is one; the ys as tensors of their own."""
     ys, xa, bits = forward(x, weights, lora_as, lora_bs, biases, seed, scales, dropout_p)
-    return [*(y.contiguous() for y in ys), *(t for t in (xa, bits) if t is not None)]
+    return _of_their_own([*ys, *(t for t in (xa, bits) if t is not None)])
 
 
 @torch.library.register_fake(FORWARD)
@@ -140,11 +140,18 @@ def _backward(
     """The gradients there are, in the order of `flat`."""
     asked = unflat_needs(needs, len(weights))
     grads = backward(dys, x, weights, lora_as, lora_bs, xa, keep_bits, scales, dropout_p, asked)
-    # Views of one buffer would be aliases, which an operator may not give.
-    aliased = {id(da) for da in grads.das}
-    return [
-        grad.clone() if id(grad) in aliased else grad for grad in flat(grads) if grad is not None
-    ]
+    return _of_their_own([grad for grad in flat(grads) if grad is not None])
+
+
+def _of_their_own(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same contiguous, none in the storage of another: an operator may not give aliases."""
+    found, taken = [], set[int]()
+    for tensor in tensors:
+        tensor, storage = tensor.contiguous(), tensor.untyped_storage().data_ptr()
+        again = storage in taken and tensor.untyped_storage().data_ptr() == storage
+        found.append(tensor.clone() if again else tensor)
+        taken.add(storage)
+    return found
 
 
 @torch.library.register_fake(BACKWARD)

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from groups import MEMBERS, PATHS, Group
+from groups import MEMBERS, Group
+from kernel_cases import PATHS
 
 from lora_kernels import lora_linear_group, use_backend
 
