@@ -18,6 +18,7 @@ from .adapters.surgery import (
 )
 from .config import LoRAConfig
 from .dispatch import explain, use_backend
+from .experts.autograd import lora_grouped_linear
 from .group.autograd import lora_linear_group
 from .kernels.tuning import use_strategy
 from .linear.autograd import lora_linear
@@ -42,6 +43,7 @@ __all__ = [
     "holds_adapter",
     "load_lora",
     "lora_adapters",
+    "lora_grouped_linear",
     "lora_layers",
     "lora_linear",
     "lora_linear_group",

@@ -83,6 +83,13 @@ def poisoned(monkeypatch):
             return tensor.fill_(255) if tensor.dtype == torch.uint8 else tensor
 
         monkeypatch.setattr(torch, name, poison)
+    new = torch.Tensor.new_empty
+
+    def poison_new(*args, **kwargs):
+        tensor = new(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison_new)
 
 
 @pytest.fixture

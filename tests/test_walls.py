@@ -18,7 +18,7 @@ FLOORS = {
         {"__init__"},
         {"proof"},
         {"adapters"},
-        {"group"},
+        {"group", "experts"},
         {"linear"},
         {"kernels", "config", "dispatch"},
     ),

@@ -1,0 +1,1 @@
+"""LoRA linears of many experts, each on its own rows of one input."""
