@@ -213,7 +213,9 @@ def test_compiles_whole_and_once_for_every_routing(dropout_p):
             dy = torch.randn_like(y)
             ours, truth = routed.gradients(y, dy), routed.gradients(expected, dy)
             for name in truth:
-                torch.testing.assert_close(ours[name], truth[name], msg=lambda m, n=name: f"{n} {m}")
+                torch.testing.assert_close(
+                    ours[name], truth[name], msg=lambda m, n=name: f"{n} {m}"
+                )
 
 
 def test_on_the_meta_device():
