@@ -297,11 +297,11 @@ def backward_with_graph(
 
 def in_their_dtypes(grads: Grads, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Grads:
     """The gradients of the weights and factors in the dtypes of these."""
-    cast = [
+    dweight, da, db = (
         None if grad is None else as_dtype(grad, of.dtype)
         for grad, of in zip(grads[1:4], (weight, lora_a, lora_b), strict=True)
-    ]
-    return Grads(grads.dx, *cast, grads.dbias)
+    )
+    return Grads(grads.dx, dweight, da, db, grads.dbias)
 
 
 def _of(groups: list[Group], *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:

@@ -13,10 +13,11 @@ from lora_kernels.experts import grouped, ops, reference
 from lora_kernels.kernels.dropout import draw_keep_mask
 from lora_kernels.linear.reference import Needs
 
+ALL = Needs(*[True] * 5)
 SIZES = {"skewed": (300, 0, 2, 9), "empty ends": (0, 5, 0), "one row each": (1, 1)}
 
 
-def call(module, routed, dy, dropout_p, needs=Needs(*[True] * 5)):
+def call(module, routed, dy, dropout_p, needs=ALL):
     x, weight, lora_a, lora_b, bias = routed.inputs
     torch.manual_seed(4)
     keep = draw_keep_mask(x, dropout_p) if dropout_p else None
@@ -33,7 +34,7 @@ def call(module, routed, dy, dropout_p, needs=Needs(*[True] * 5)):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rank", "transposed"), [(8, False), (3, True)])
 def test_equals_the_loop(rank, transposed, dtype, sizes, beyond, dropout_p):
-    """Ranks of a whole 16 bytes and others; what no group has is NaN, as unwritten memory can be."""
+    """Ranks of a whole 16 bytes and others; rows that no group has are NaN."""
     routed = Routed(SIZES[sizes], beyond, 24, 32, rank, dtype, transposed=transposed)
     wide = routed.to(torch.float64)
     dy = torch.randn(len(routed.tensors["x"]), 24).to(dtype)
