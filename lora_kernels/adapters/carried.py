@@ -9,7 +9,8 @@ from torch import nn
 
 from ..config import LayerConfig
 from ..linear.factors import LoRA
-from ..linear.module import ACTIVE, MERGED, LoRALinear
+from ..linear.holder import ACTIVE, MERGED
+from ..linear.module import LoRALinear
 from .wording import listed
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import multiplies_by_itself
-from ..linear.module import ACTIVE, MERGED, LoRALinear
+from ..linear.holder import ACTIVE, MERGED
+from ..linear.module import LoRALinear
 from .carried import lora_layers, require_lora
 from .sharding import refuse_emptied
 from .surgery import parameter_owners, refuse_root, refuse_sharded_layers, replace_modules

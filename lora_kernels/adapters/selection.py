@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..linear.module import DISABLED, MERGED
+from ..linear.holder import DISABLED, MERGED
 from .carried import (
     known_adapters,
     lora_layers,

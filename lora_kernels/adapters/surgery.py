@@ -13,7 +13,8 @@ from torch import nn
 
 from ..config import LayerConfig, LoRAConfig
 from ..linear.factors import DEFAULT, check_adapter_name, factor_dtype
-from ..linear.module import MERGED, LoRALinear
+from ..linear.holder import MERGED
+from ..linear.module import LoRALinear
 from .bypass import refuse_bypassed
 from .carried import (
     adapters_in_use,
