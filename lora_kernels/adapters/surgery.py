@@ -23,6 +23,7 @@ from .carried import (
     refuse_inside_block,
     require_lora,
 )
+from .grouping import group_linears
 from .lookalikes import way_out
 from .sharding import refuse_sharded, reshard
 from .targets import (
@@ -63,6 +64,7 @@ def apply_lora(
     config: LoRAConfig | None = None,
     name: str = DEFAULT,
     lora_dtype: torch.dtype | None = None,
+    group: bool | None = None,
 ) -> list[str]:
     """Replace the targeted ``nn.Linear`` modules of ``model`` by `LoRALinear`, in place.
 
@@ -80,6 +82,10 @@ def apply_lora(
         config: all of the above but ``verbose`` at once; they must then be left at their defaults.
         name: of the adapter, by which others of the same model are told from it.
         lora_dtype: of A and B; by default each weight's own, or float32 where that has 16 bits.
+        group: compute linears that are called with one tensor together, as q, k and v are, with
+            one dropout mask; see `lora_linear_group`. None does so where it has been measured to
+            pay, on a CPU. Together they have one backward: who takes gradients of one output alone
+            and of another later needs ``retain_graph`` for it.
 
     Returns:
         The names of the adapted modules, in module order.
@@ -123,7 +129,9 @@ def apply_lora(
     if problems := problems or token_refusals(model, tokens):
         raise ValueError(f"cannot train what trainable_token_indices asks for: {problems[0]}")
     dtypes = None if lora_dtype is None else dict.fromkeys(names, lora_dtype)
-    insert_lora(model, {n: config.layer(strip_wrappers(n)) for n in names}, name, dtypes)
+    if group is not None and not isinstance(group, bool):
+        raise TypeError(f"group must be True, False or None, got {group!r}")
+    insert_lora(model, {n: config.layer(strip_wrappers(n)) for n in names}, name, dtypes, group)
     insert_wholes(model, wholes, name)
     insert_tokens(model, {n: (indices, None) for n, indices in tokens.items()}, name)
     use_wholes(model, adapters_in_use(model))
@@ -159,11 +167,12 @@ def insert_lora(
     layers: Mapping[str, LayerConfig],
     adapter: str = DEFAULT,
     dtypes: Mapping[str, torch.dtype] | None = None,
+    group: bool | None = None,
 ) -> None:
     """Make each named module of ``model`` a LoRALinear with an adapter of that configuration.
 
     It is in use at once if it is the model's first. A and B are of the module's dtype in
-    ``dtypes``, or else as `factor_dtype` says.
+    ``dtypes``, or else as `factor_dtype` says. ``group`` as for `apply_lora`.
 
     Raises:
         TypeError, ValueError: as `apply_lora`, before anything is changed.
@@ -224,6 +233,7 @@ def insert_lora(
         if isinstance(module, LoRALinear) and adapter not in module.lora_configs:
             module.add_adapter(adapter, layer, dtypes.get(name))
     replace_modules(model, made)
+    group_linears(model, group)
 
 
 def remove_lora(model: nn.Module, name: str | None = None) -> list[str]:

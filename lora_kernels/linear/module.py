@@ -134,9 +134,27 @@ class LoRALinear(AdapterHolder, nn.Linear):
         """``x [..., K]`` to ``y [..., N]``, see `lora_linear`."""
         if self._lora_state != ACTIVE:
             return F.linear(x, self.weight, self.bias)
-        name = self._lora_one
-        if name is None:
+        siblings = self.__dict__.get("_lora_siblings")
+        if siblings is not None:
+            y: Tensor | None = siblings.serve(self, x)
+            if y is not None:
+                return y
+        if self._lora_one is None:
             return self._forward_several(x)
+        weight, lora_a, lora_b, bias = self._one_branch(self._lora_one)
+        return lora_linear(
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            bias,
+            scale=self._lora_scale,
+            dropout_p=self._lora_dropout,
+            training=self.training,
+        )
+
+    def _one_branch(self, name: str) -> tuple[Any, Any, Any, Any]:
+        """weight, A, B and bias with this adapter alone."""
         # By the dictionaries: getattr takes a module several times as long, and it shows on a CPU.
         modules: Any = self._modules
         lora = modules["lora"] if name == DEFAULT else modules["loras"]._modules[name]
@@ -149,16 +167,7 @@ class LoRALinear(AdapterHolder, nn.Linear):
         except KeyError:  # what is computed, or put in place by FSDP for the length of a call
             weight, bias = self.weight, self.bias
             lora_a, lora_b = lora.A.weight, lora.B.weight
-        return lora_linear(
-            x,
-            weight,
-            lora_a,
-            lora_b,
-            bias,
-            scale=self._lora_scale,
-            dropout_p=self._lora_dropout,
-            training=self.training,
-        )
+        return weight, lora_a, lora_b, bias
 
     def _forward_several(self, x: Tensor) -> Tensor:
         """All branches of one dropout are one of a wider rank, and go with the base's product."""
@@ -184,6 +193,20 @@ class LoRALinear(AdapterHolder, nn.Linear):
             y = y + F.linear(F.linear(F.dropout(x, dropout), lora_a), lora_b)
         return y
 
+    def group_part(self, x: Tensor) -> tuple[Any, ...] | None:
+        """weight, A, B, bias, scale, dropout and mode, for a call together with other layers; None
+        where not exactly one adapter is computed."""
+        if self._lora_state != ACTIVE or self._lora_one is None:
+            return None
+        branch = self._one_branch(self._lora_one)
+        return *branch, self._lora_scale, self._lora_dropout, self.training
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        siblings = self.__dict__.get("_lora_siblings")
+        if siblings is not None:
+            siblings.join(self)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._repr_of_adapters()}"
 
@@ -195,6 +218,8 @@ _OWN = (
     "_lora_dropout",
     "_lora_one",
     "_lora_scale",
+    "_lora_siblings",
+    "_lora_slot",
     "_lora_state",
 )
 
