@@ -20,6 +20,7 @@ from .config import LoRAConfig
 from .dispatch import explain, use_backend
 from .experts.autograd import lora_grouped_linear
 from .group.autograd import lora_linear_group
+from .group.feed_forward import lora_feed_forward
 from .kernels.tuning import use_strategy
 from .linear.autograd import lora_linear
 from .linear.factors import LoRA
@@ -43,6 +44,7 @@ __all__ = [
     "holds_adapter",
     "load_lora",
     "lora_adapters",
+    "lora_feed_forward",
     "lora_grouped_linear",
     "lora_layers",
     "lora_linear",

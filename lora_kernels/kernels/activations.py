@@ -1,7 +1,7 @@
 """Gated activations in plain torch: ``h = act(gate)·up`` and its backward, the twin of `gated`.
 
 All of ``gate``, ``up``, ``h``, ``dh`` are ``[M, I]`` of one dtype. What is made on the way is
-written over what is not read again, so that backward makes two matrices besides its operands.
+written over what is not read again, so that backward makes no matrix besides its operands.
 
 Source: GLU variants, arXiv 2002.05202; SiLU and GELU, arXiv 1606.08415.
 """
@@ -40,16 +40,14 @@ def gate_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def gate_backward(
-    dh: Tensor, gate: Tensor, up: Tensor, activation: str, need_h: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """``(h, dgate, dup)``, without a graph; h is None where not needed, dgate lies where dh did.
+    dh: Tensor, act: Tensor, gate: Tensor, up: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """``dgate = dh·up·act'(gate)`` and ``dup = dh·act``, without a graph.
 
-    ``dgate = dh·up·act'(gate)``, ``dup = dh·act(gate)``.
+    ``act`` is `activate` of gate. dgate comes to lie where dh did, and dup where act did.
     """
-    act = activate(gate, activation)
-    h = act * up if need_h else None
     if is_compiling():
-        return h, slope_times(dh * up, gate, activation), dh * act
+        return slope_times(dh * up, gate, activation), dh * act
     dup = act.mul_(dh)
     dh.mul_(up)
     if activation == "silu":
@@ -58,4 +56,4 @@ def gate_backward(
         torch.ops.aten.gelu_backward.grad_input(
             dh, gate, approximate=_APPROXIMATE[activation], grad_input=dh
         )
-    return h, dh, dup
+    return dh, dup

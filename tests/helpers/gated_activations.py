@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -11,6 +13,12 @@ ACTS = {
     "gelu_tanh": lambda x: (
         x * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
     ),
+}
+# As torch has them.
+OWN = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
 
 
@@ -26,11 +34,7 @@ def truth_of(activation, dh, gate, up):
 
 
 def plain_of(activation, dh, gate, up):
-    """The same as torch's own modules compute it in the operands' dtype."""
-    act = F.silu if activation == "silu" else None
-    if act is None:
-        approximate = "tanh" if activation == "gelu_tanh" else "none"
-        act = lambda x: F.gelu(x, approximate=approximate)  # noqa: E731
+    """The same as torch's own activations compute it in the operands' dtype."""
     gate, up = (t.detach().clone().requires_grad_() for t in (gate, up))
-    h = act(gate) * up
+    h = OWN[activation](gate) * up
     return h.detach(), *torch.autograd.grad(h, (gate, up), dh)
