@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,9 +13,10 @@ from ..dispatch import multiplies_by_itself
 from ..linear.holder import ACTIVE, MERGED
 from ..linear.module import LoRALinear
 from .carried import lora_layers, require_lora
+from .changing import LOCK, change_of, finish
 from .sharding import refuse_emptied
 from .surgery import parameter_owners, refuse_root, refuse_sharded_layers, replace_modules
-from .tokens import fold_tokens, has_tokens, refuse_unfoldable
+from .tokens import folded_tokens, has_tokens, refuse_unfoldable
 from .wholes import keep_wholes
 
 
@@ -25,30 +27,57 @@ def merge_lora(model: nn.Module) -> list[str]:
     are trained whole keep what they have learnt. Of several adapters those in use are folded in,
     each times its weight, see `use_lora`; the others are dropped.
 
+    The weights themselves are written: another model that shares them has them merged too.
+
     Returns:
         The names of the merged modules.
 
     Raises:
         ValueError: the model carries no LoRA or has none in use, is inside `merged_lora` or
             `disable_lora`, a merged weight or token would not be finite in its dtype, or a weight
-            is tied, sharded, emptied (DeepSpeed's ZeRO-3) or on the meta device. Nothing is changed
-            then.
+            is tied, sharded, emptied (DeepSpeed's ZeRO-3), on the meta device or merged just now
+            by another model's `merged_lora`. Nothing is changed then. Where something else stops
+            it (memory, Ctrl-C), each module is merged or as it was, the model computes what it
+            did, and another call merges the rest.
     """
-    layers = _mergeable(model)
-    refuse_root(model)
-    unused = [layer for layer in lora_layers(model).values() if not layer.adapters_in_use]
-    for name, layer in layers.items():
-        # All are known to be good before the first is written, without a second copy of each.
-        _refuse_unmergeable(name, layer)
-    refuse_unfoldable(model)
-    with torch.no_grad():
-        for layer in layers.values():
-            layer.weight.copy_(_merged_weight(layer))
-    fold_tokens(model)
-    keep_wholes(model)
-    all_layers = (*layers.values(), *unused)
-    replace_modules(model, {id(layer): layer.to_linear() for layer in all_layers})
-    return list(layers)
+    with LOCK:
+        layers = _mergeable(model)
+        refuse_root(model)
+        unused = [layer for layer in lora_layers(model).values() if not layer.adapters_in_use]
+        for name, layer in layers.items():
+            # All are known to be good before the first is written, without a second copy of each.
+            _refuse_unmergeable(name, layer)
+        refuse_unfoldable(model)
+        places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        for parent in model.modules():
+            for attribute, child in parent._modules.items():
+                if isinstance(child, LoRALinear):
+                    places.setdefault(child, []).append((parent, attribute))
+        *others, last = layers.values()
+        for layer in others:
+            _merge_one(layer, places[layer])
+        # The last layer goes with all that is not a layer: as long as it is there, so is LoRA.
+        linears = {id(layer): layer.to_linear() for layer in unused}
+        with change_of(model), folded_tokens(model):
+            keep_wholes(model)
+            replace_modules(model, linears)
+            _merge_one(last, places[last])
+        return list(layers)
+
+
+def _merge_one(layer: LoRALinear, places: list[tuple[nn.Module, str]]) -> None:
+    """Write a layer's weight and put an nn.Linear in its place, both or neither."""
+    linear, merged = layer.to_linear(), _merged_weight(layer)
+    before = layer.weight.detach().clone()
+    try:
+        _write(layer, merged)
+        for parent, attribute in places:
+            parent._modules[attribute] = linear
+    except BaseException:
+        _write(layer, before)
+        for parent, attribute in places:
+            parent._modules[attribute] = layer
+        raise
 
 
 @contextmanager
@@ -58,30 +87,57 @@ def merged_lora(model: nn.Module) -> Iterator[None]:
     Afterwards the weights have the very same bits as before: a copy of each adapted weight is
     held meanwhile. A and B do not get gradients inside.
 
+    It may be nested and entered by several threads; the last one out brings the weights back. They
+    are changed for whoever reads them: in other threads a forward of this model, or of one that
+    shares its weights, is wrong while a block begins or ends, unless it is in such a block itself.
+
     Raises:
-        ValueError: as `merge_lora`.
+        ValueError: as `merge_lora`. Nothing is changed then, nor where anything else stops it.
     """
-    named = _mergeable(model)
-    layers = list(named.values())
-    backup: list[Tensor] = []
-    try:
-        with torch.no_grad():
+    with change_of(model):
+        named = _mergeable(model, nested=True)
+        kept: list[tuple[LoRALinear, Tensor]] = []
+        try:
             for name, layer in named.items():
-                _refuse_unmergeable(name, layer)
-                merged = _merged_weight(layer)
-                backup.append(layer.weight.detach().clone())
-                layer.weight.copy_(merged)
-                layer._lora_state = MERGED
+                if not layer._lora_blocks:
+                    _refuse_unmergeable(name, layer)
+                    merged = _merged_weight(layer)
+                    kept.append((layer, layer.weight.detach().clone()))
+                    _write(layer, merged)
+                    layer._lora_backup, layer._lora_state = kept[-1][1], MERGED
+                    _FOLDED.add(layer)
+                layer._lora_blocks += 1
+        except BaseException:
+            for layer, weight in kept:
+                _write(layer, weight)
+            raise
+    try:
         yield
     finally:
-        with torch.no_grad():
-            for layer, weight in zip(layers, backup, strict=False):
-                layer.weight.copy_(weight)
-                layer._lora_state = ACTIVE
+        finish(lambda: _unfold(model, list(named.values())))
 
 
-def _mergeable(model: nn.Module) -> dict[str, LoRALinear]:
-    """The layers with an adapter in use, if they can be merged."""
+# Layers that are, or were, inside of `merged_lora`: two of them may share a weight.
+_FOLDED: weakref.WeakSet[LoRALinear] = weakref.WeakSet()
+
+
+def _unfold(model: nn.Module, layers: list[LoRALinear]) -> None:
+    with change_of(model):
+        for layer in layers:
+            layer._lora_blocks -= 1
+            if layer._lora_backup is not None and not layer._lora_blocks:
+                _write(layer, layer._lora_backup)
+                layer._lora_backup, layer._lora_state = None, ACTIVE
+                _FOLDED.discard(layer)
+
+
+def _write(layer: LoRALinear, weight: Tensor) -> None:
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+
+
+def _mergeable(model: nn.Module, *, nested: bool = False) -> dict[str, LoRALinear]:
+    """The layers with an adapter in use, if they can be merged, or with ``nested`` are merged."""
     carrying = require_lora(model, "merge")
     refuse_sharded_layers(model, carrying)
     layers = {name: layer for name, layer in carrying.items() if layer.adapters_in_use}
@@ -98,6 +154,8 @@ def _mergeable(model: nn.Module) -> dict[str, LoRALinear]:
     refuse_emptied(touched, "model.parameters()")
     owners = parameter_owners(model)
     for name, layer in layers.items():
+        if layer._lora_state == MERGED and nested:
+            continue
         if layer._lora_state != ACTIVE:
             raise ValueError(
                 f"cannot merge {name!r}: its adapter is {layer._lora_state}; leave the "
@@ -120,6 +178,12 @@ def _refuse_unmergeable(name: str, layer: LoRALinear) -> None:
         raise ValueError(f"cannot merge {name!r}: its weight is on the meta device; load it first")
     if 0 in layer.weight.stride():
         raise ValueError(f"cannot merge {name!r}: its weight is an expanded view; clone it first")
+    folded = [other.weight for other in _FOLDED if other._lora_backup is not None]
+    if any(layer.weight.data_ptr() == weight.data_ptr() for weight in folded):
+        raise ValueError(
+            f"cannot merge {name!r}: its weight is merged for another model that shares it; "
+            "leave the merged_lora block of that one first"
+        )
     if not _surely_finite(layer) and not torch.isfinite(_merged_weight(layer)).all():
         raise ValueError(f"cannot merge {name!r}: the sum would hold NaN or infinity")
 

@@ -9,14 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from ..linear.holder import DISABLED, MERGED
+from ..linear.holder import ACTIVE, DISABLED, MERGED
+from ..linear.module import LoRALinear
 from .carried import (
     known_adapters,
     lora_layers,
     refuse_inside_block,
     require_lora,
 )
-from .wholes import bare, use_wholes
+from .changing import change_of, finish
+from .wholes import Slot, rest_wholes, use_wholes, wake_wholes
 
 
 class InUse:
@@ -30,13 +32,17 @@ class InUse:
         return None
 
     def __exit__(self, *_: object) -> None:
-        # Adapters may have come and gone meanwhile; what came is not in use.
-        layers = lora_layers(self._model).values()
-        names = {name for _, used in self._before.values() for name in used}
-        refuse_inside_block(self._model, "the end of use_lora")
-        use_wholes(self._model, names)
-        for layer in layers:
-            layer.use_adapters(self._before.get(id(layer), (layer, {}))[1])
+        finish(self._bring_back)
+
+    def _bring_back(self) -> None:
+        with change_of(self._model):
+            # Adapters may have come and gone meanwhile; what came is not in use.
+            layers = lora_layers(self._model).values()
+            names = {name for _, used in self._before.values() for name in used}
+            refuse_inside_block(self._model, "the end of use_lora")
+            use_wholes(self._model, names)
+            for layer in layers:
+                layer.use_adapters(self._before.get(id(layer), (layer, {}))[1])
 
 
 def use_lora(
@@ -69,12 +75,13 @@ def use_lora(
     require_lora(model, "use_lora")
     wanted = [] if names is None else known_adapters(model, names, "names")
     numbers = _checked(weights, wanted)
-    refuse_inside_block(model, "use_lora")
-    before = InUse(model)
-    use_wholes(model, wanted)
-    for layer in lora_layers(model).values():
-        layer.use_adapters(dict(zip(wanted, numbers, strict=True)))
-    return before
+    with change_of(model):
+        refuse_inside_block(model, "use_lora")
+        before = InUse(model)
+        use_wholes(model, wanted)
+        for layer in lora_layers(model).values():
+            layer.use_adapters(dict(zip(wanted, numbers, strict=True)))
+        return before
 
 
 def _checked(weights: Any, names: Sequence[str]) -> list[float]:
@@ -98,18 +105,30 @@ def _checked(weights: Any, names: Sequence[str]) -> list[float]:
 def disable_lora(model: nn.Module) -> Iterator[None]:
     """Run the bare base model for the length of the ``with``; may be nested.
 
+    It counts for the model, whichever thread calls it, until the last of the blocks that threads
+    are inside of ends.
+
     Raises:
         ValueError: the model carries no LoRA or is inside `merged_lora`.
     """
-    layers = list(require_lora(model, "disable_lora").values())
-    if any(layer._lora_state == MERGED for layer in layers):
-        raise ValueError("disable_lora inside merged_lora; leave the merged_lora block first")
-    before = [layer._lora_state for layer in layers]
-    with bare(model):
-        try:
-            for layer in layers:
-                layer._lora_state = DISABLED
-            yield
-        finally:
-            for layer, state in zip(layers, before, strict=True):
-                layer._lora_state = state
+    with change_of(model):
+        layers = list(require_lora(model, "disable_lora").values())
+        if any(layer._lora_state == MERGED for layer in layers):
+            raise ValueError("disable_lora inside merged_lora; leave the merged_lora block first")
+        resting = rest_wholes(model)
+        for layer in layers:
+            layer._lora_state = DISABLED
+            layer._lora_blocks += 1
+    try:
+        yield
+    finally:
+        finish(lambda: _enable(model, layers, resting))
+
+
+def _enable(model: nn.Module, layers: list[LoRALinear], resting: list[Slot]) -> None:
+    with change_of(model):
+        wake_wholes(resting)
+        for layer in layers:
+            layer._lora_blocks -= 1
+            if not layer._lora_blocks:
+                layer._lora_state = ACTIVE

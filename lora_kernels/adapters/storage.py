@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 from ..linear.factors import DEFAULT, check_adapter_name, factor_dtype
 from .carried import Part, adapters_in_use, parts, refuse_inside_block, require_parts
+from .changing import change_of, write_together
+from .content import Content
 from .files import write_atomically
 from .fitting import fit
 from .peft_writing import write_directory
@@ -184,7 +186,20 @@ def load_lora(
     check_adapter_name(name)
     if lora_dtype != "file":
         factor_dtype(torch.float32, lora_dtype)  # type: ignore[arg-type]
-    content = with_todays_names(model, read_content(path, name))
+    content = read_content(path, name)
+    with change_of(model):
+        return _load(model, path, content, strict, name, lora_dtype)
+
+
+def _load(
+    model: nn.Module,
+    path: Path,
+    content: Content,
+    strict: bool,
+    name: str,
+    lora_dtype: torch.dtype | str | None,
+) -> list[str]:
+    content = with_todays_names(model, content)
     _factors(model, without_wrappers(parts(model, name)))  # refuses what cannot be written to
     _wholes(model, name)
     loaded, inserted, dtypes, wholes = fit(model, path, content, strict, name, lora_dtype)
@@ -202,7 +217,7 @@ def load_lora(
                 f"{path} is a checkpoint of the whole model, which says neither alpha nor "
                 "modules_to_save: A and B were loaded with scale 1, and nothing whole but a "
                 "classifier's head; call apply_lora with the settings of the training first",
-                stacklevel=2,
+                stacklevel=3,
             )
     insert_wholes(model, wholes.inserted, name, frozen=wholes.frozen)
     insert_tokens(model, wholes.tokens, name)
@@ -212,17 +227,15 @@ def load_lora(
         warnings.warn(
             f"{path} holds {', '.join(wholes.frozen)} of its base, which differs from the "
             "model's: it is used with the adapter; disable_lora and remove_lora bring back yours",
-            stacklevel=2,
+            stacklevel=3,
         )
     layers = without_wrappers(parts(model, name))
-    with torch.no_grad():
-        targets = whole_tensors(model, name)
-        for key, tensor in wholes.loaded.items():
-            targets[key].copy_(cut_like(targets[key], tensor))
-        for module in loaded:
-            for factor, tensor in content.pairs[module].items():
-                weight = getattr(layers[module].lora, factor).weight
-                weight.copy_(cut_like(weight, tensor))
+    targets = whole_tensors(model, name)
+    pairs = [(targets[key], tensor) for key, tensor in wholes.loaded.items()]
+    for module in loaded:
+        for factor, tensor in content.pairs[module].items():
+            pairs.append((getattr(layers[module].lora, factor).weight, tensor))
+    write_together([(target, cut_like(target, tensor)) for target, tensor in pairs])
     return loaded
 
 

@@ -23,6 +23,7 @@ from .carried import (
     refuse_inside_block,
     require_lora,
 )
+from .changing import LOCK, change_of
 from .grouping import group_linears
 from .lookalikes import way_out
 from .sharding import refuse_sharded, reshard
@@ -118,6 +119,20 @@ def apply_lora(
         raise ValueError("config and its single arguments were both given; use one of the two")
     check_adapter_name(name)
     factor_dtype(torch.float32, lora_dtype)
+    if group is not None and not isinstance(group, bool):
+        raise TypeError(f"group must be True, False or None, got {group!r}")
+    with change_of(model):
+        return _apply(model, config, name, lora_dtype, verbose, group)
+
+
+def _apply(
+    model: nn.Module,
+    config: LoRAConfig,
+    name: str,
+    lora_dtype: torch.dtype | None,
+    verbose: bool,
+    group: bool | None,
+) -> list[str]:
     whole_modules = find_whole_modules(model, config)
     names, left_out = find_targets(model, config, whole_modules, name)
     wholes = _parameters_to_save(model, config.bias, names, whole_modules)
@@ -129,8 +144,6 @@ def apply_lora(
     if problems := problems or token_refusals(model, tokens):
         raise ValueError(f"cannot train what trainable_token_indices asks for: {problems[0]}")
     dtypes = None if lora_dtype is None else dict.fromkeys(names, lora_dtype)
-    if group is not None and not isinstance(group, bool):
-        raise TypeError(f"group must be True, False or None, got {group!r}")
     insert_lora(model, {n: config.layer(strip_wrappers(n)) for n in names}, name, dtypes, group)
     insert_wholes(model, wholes, name)
     insert_tokens(model, {n: (indices, None) for n, indices in tokens.items()}, name)
@@ -251,6 +264,11 @@ def remove_lora(model: nn.Module, name: str | None = None) -> list[str]:
         ValueError: the model carries no LoRA or none of this name, is inside `merged_lora`, or is
             sharded.
     """
+    with change_of(model):
+        return _remove(model, name)
+
+
+def _remove(model: nn.Module, name: str | None) -> list[str]:
     layers = require_lora(model, "remove_lora")
     if name is not None:
         known_adapters(model, name)
@@ -285,6 +303,11 @@ def mark_only_lora_as_trainable(model: nn.Module, name: str | Sequence[str] | No
         ValueError: the model carries no LoRA, or none of this name, or it is not in use and would
             get no gradients.
     """
+    with LOCK:
+        _mark(model, name)
+
+
+def _mark(model: nn.Module, name: str | Sequence[str] | None) -> None:
     used = adapters_in_use(model)
     idle = [n for n in known_adapters(model, name) if n not in used] if name is not None else []
     if idle:
@@ -293,8 +316,14 @@ def mark_only_lora_as_trainable(model: nn.Module, name: str | Sequence[str] | No
             f"use_lora(model, {idle[0]!r}) first"
         )
     trained = {id(parameter) for parameter in lora_parameters(model, name)}
-    for parameter in (*model.parameters(), *whole_values(model)):
-        parameter.requires_grad_(id(parameter) in trained)
+    before = [(p, p.requires_grad) for p in (*model.parameters(), *whole_values(model))]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in trained)
+    except BaseException:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+        raise
 
 
 def lora_parameters(

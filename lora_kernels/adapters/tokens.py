@@ -9,7 +9,8 @@ Source: PEFT's ``trainable_token_indices``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -176,7 +177,7 @@ def insert_tokens(
 
 
 def refuse_unfoldable(model: nn.Module) -> None:
-    """Raise ValueError where `fold_tokens` would write NaN or infinity."""
+    """Raise ValueError where `folded_tokens` would write NaN or infinity."""
     for name, module in model.named_modules():
         rows: Any = module._modules.get(TOKEN_ROWS)
         if rows is not None and not torch.isfinite(rows.weight.to(module.weight.dtype)).all():
@@ -186,14 +187,28 @@ def refuse_unfoldable(model: nn.Module) -> None:
             )
 
 
-def fold_tokens(model: nn.Module) -> None:
-    """Write the rows in use into the weights, and take them out."""
-    for module in list(model.modules()):
-        rows: Any = module._modules.get(TOKEN_ROWS)
-        if isinstance(rows, TokenRows) and len(rows.index):
-            with torch.no_grad():
-                module.weight[rows.index] = rows.weight.to(module.weight.dtype)  # type: ignore
-    drop_tokens(model)
+@contextmanager
+def folded_tokens(model: nn.Module) -> Iterator[None]:
+    """Write the rows in use into the weights, and take them out.
+
+    Where the block raises the weights are as before; the modules are the caller's to bring back.
+    """
+    written: list[tuple[Tensor, Tensor, Tensor]] = []
+    try:
+        for module in list(model.modules()):
+            rows: Any = module._modules.get(TOKEN_ROWS)
+            if isinstance(rows, TokenRows) and len(rows.index):
+                with torch.no_grad():
+                    weight: Any = module.weight
+                    written.append((weight, rows.index, weight[rows.index]))
+                    weight[rows.index] = rows.weight.to(weight.dtype)
+        drop_tokens(model)
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for weight, index, before in written:
+                weight[index] = before
+        raise
 
 
 def has_tokens(module: nn.Module) -> bool:

@@ -10,8 +10,7 @@ Buffers that are saved (the statistics of a BatchNorm) belong to a module as its
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from .sharding import gathering, is_emptied, is_sharded, reshard
 from .targets import strip_wrappers
 from .wording import listed
 
-_ASIDE = "_lora_aside"
+ASIDE = "_lora_aside"
 # The child of an embedding or a head in which `tokens` keeps rows: an adapter's, not the module's.
 TOKEN_ROWS = "lora_tokens"
 
@@ -37,13 +36,15 @@ class Aside:
         using: the adapter whose value is registered, None for the base's.
         others: the values that are not, by adapter, None for the base's.
         frozen: adapters that carry the value without training it.
-        off: inside `bare`, after which the value in use comes back.
+        off: how many times it is at rest, see `rest_wholes`.
+        resting: the adapter that is used again after the last of them.
     """
 
     using: str | None
     others: dict[str | None, Tensor]
     frozen: set[str] = field(default_factory=set)
-    off: bool = False
+    off: int = 0
+    resting: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no block that would end for it, and would keep the base's value.
@@ -75,11 +76,11 @@ class Slot(NamedTuple):
 
     @property
     def aside(self) -> Aside:
-        return self.module.__dict__[_ASIDE][self.attribute]
+        return self.module.__dict__[ASIDE][self.attribute]
 
     def value_of(self, adapter: str | None) -> Tensor:
         """What it is for an adapter that has it, or with None for the base, in use or not."""
-        if _ASIDE not in self.module.__dict__ or self.attribute not in self.module.__dict__[_ASIDE]:
+        if ASIDE not in self.module.__dict__ or self.attribute not in self.module.__dict__[ASIDE]:
             return self.value
         return self.value if self.aside.using == adapter else self.aside.others[adapter]
 
@@ -109,7 +110,7 @@ def whole_slots(model: nn.Module, adapter: str | None = None) -> dict[str, Slot]
     return {
         name: slot
         for name, slot in slots(model).items()
-        if slot.attribute in slot.module.__dict__.get(_ASIDE, ())
+        if slot.attribute in slot.module.__dict__.get(ASIDE, ())
         and (adapter is None or slot.aside.has(adapter))
     }
 
@@ -135,7 +136,7 @@ def whole_parameters(
 
 def is_whole(module: nn.Module) -> bool:
     """Whether an adapter trains something of the module itself whole."""
-    return _ASIDE in module.__dict__
+    return ASIDE in module.__dict__
 
 
 def whole_values(model: nn.Module) -> list[Tensor]:
@@ -209,7 +210,7 @@ def insert_wholes(
             if isinstance(value, nn.Parameter):
                 copy = nn.Parameter(copy, requires_grad=name not in frozen)
             copies[id(value)] = copy
-        asides = slot.module.__dict__.setdefault(_ASIDE, {})
+        asides = slot.module.__dict__.setdefault(ASIDE, {})
         aside = asides.setdefault(slot.attribute, Aside(None, {}))
         aside.others[adapter] = copies[id(value)]
         if name in frozen:
@@ -243,32 +244,36 @@ def use_wholes(model: nn.Module, adapters: Collection[str]) -> None:
         _use(slot, adapter)
 
 
-@contextmanager
-def bare(model: nn.Module) -> Iterator[None]:
-    """Register the base's values for the length of the ``with``; may be nested.
+def rest_wholes(model: nn.Module) -> list[Slot]:
+    """Register the base's values until `wake_wholes` is given what this gives; may be nested.
 
     Raises:
         ValueError: a value in use is sharded. Nothing is changed then.
     """
-    found = list(whole_slots(model).values())
+    found = list({id(slot.aside): slot for slot in whole_slots(model).values()}.values())
     _refuse_sharded(model, found)
-    before = [(slot.aside.using, slot.aside.off) for slot in found]
-    try:
-        for slot in found:
+    for slot in found:
+        if not slot.aside.off:
+            slot.aside.resting = slot.aside.using
             _use(slot, None)
-            slot.aside.off = True
-        yield
-    finally:
-        for slot, (using, off) in zip(found, before, strict=True):
-            _use(slot, using)
-            slot.aside.off = off
+        slot.aside.off += 1
+    return found
+
+
+def wake_wholes(found: Iterable[Slot]) -> None:
+    """The end of one `rest_wholes`; the last of several brings back what was in use."""
+    for slot in found:
+        aside = slot.aside
+        if aside.off == 1:
+            _use(slot, aside.resting)
+        aside.off -= 1
 
 
 def drop_wholes(model: nn.Module, adapter: str | None = None) -> None:
     """Forget what an adapter has, or with None all of it; the base's takes its place.
 
     Raises:
-        ValueError: a value is sharded, or this is inside `bare`. Nothing is changed then.
+        ValueError: a value is sharded, or at rest. Nothing is changed then.
     """
     found = list(whole_slots(model, adapter).values())
     _refuse_sharded(model, found)
@@ -306,10 +311,10 @@ def _use(slot: Slot, adapter: str | None) -> None:
 
 
 def _forget(slot: Slot) -> None:
-    asides = slot.module.__dict__[_ASIDE]
+    asides = slot.module.__dict__[ASIDE]
     del asides[slot.attribute]
     if not asides:
-        del slot.module.__dict__[_ASIDE]
+        del slot.module.__dict__[ASIDE]
 
 
 def _refuse_sharded(model: nn.Module, found: Iterable[Slot]) -> None:

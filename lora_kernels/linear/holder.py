@@ -28,6 +28,10 @@ class AdapterHolder(nn.Module):
     lora: LoRA
     loras: nn.ModuleDict
     weight: Any
+    # The blocks of `disable_lora` or `merged_lora` that it is inside of, in all threads, and what
+    # the last of the latter brings back.
+    _lora_blocks: int = 0
+    _lora_backup: Tensor | None = None
 
     def _begin(self, name: str, config: LayerConfig, lora_dtype: torch.dtype | None) -> None:
         self.register_module("lora", None)
@@ -184,7 +188,7 @@ class AdapterHolder(nn.Module):
         # A copy taken inside `disable_lora` or `merged_lora` has no block that would end for it.
         if self._lora_state == MERGED:
             raise RuntimeError("cannot copy or pickle inside merged_lora; leave the block first")
-        return {**self.__dict__, "_lora_state": ACTIVE}
+        return {**self.__dict__, "_lora_state": ACTIVE, "_lora_blocks": 0}
 
     def _repr_of_adapters(self) -> str:
         configs, active = self._lora_configs, self._lora_active

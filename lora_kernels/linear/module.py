@@ -214,6 +214,8 @@ class LoRALinear(AdapterHolder, nn.Linear):
 # What a LoRALinear has and an nn.Linear has not.
 _OWN = (
     "_lora_active",
+    "_lora_backup",
+    "_lora_blocks",
     "_lora_configs",
     "_lora_dropout",
     "_lora_one",

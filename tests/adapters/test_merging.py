@@ -94,7 +94,7 @@ def test_a_merge_that_fails_leaves_every_layer_as_it_was():
     assert "merged" not in repr(model)
 
 
-@pytest.mark.parametrize("inner", [merge_lora, remove_lora, disable_lora, merged_lora])
+@pytest.mark.parametrize("inner", [merge_lora, remove_lora, disable_lora])
 def test_nothing_else_inside_merged(inner):
     model = trained(Model())
     adapted = model(IDS)
@@ -128,3 +128,38 @@ def test_merge_refuses_damaged_factors_and_tied_weights():
     model.blocks[1].q.weight = model.gate.weight
     with pytest.raises(ValueError, match="tied"):
         merge_lora(model)
+
+
+def test_nested_the_last_one_out_brings_the_bits_back():
+    model = trained(Model())
+    before, adapted = snapshot(model), model(IDS)
+    with merged_lora(model.blocks[0]):
+        part = model.blocks[0].q.weight.clone()
+        with merged_lora(model):
+            merged = model.gate.weight.clone()
+            with merged_lora(model):
+                pass
+            assert torch.equal(model.gate.weight, merged) and not torch.equal(
+                merged, before[1]["gate.weight"]
+            )
+        assert torch.equal(model.gate.weight, before[1]["gate.weight"])
+        assert torch.equal(model.blocks[0].q.weight, part)
+    assert_untouched(model, before)
+    assert torch.equal(model(IDS), adapted)
+
+
+def test_a_weight_that_two_models_share_is_not_merged_twice():
+    one = trained(Model())
+    other = copy.deepcopy(one)
+    other.gate.weight = one.gate.weight
+    before = snapshot(one)
+    with merged_lora(one):
+        inside = one.gate.weight.clone()
+        for merge in (merge_lora, lambda model: merged_lora(model).__enter__()):
+            with pytest.raises(ValueError, match="'gate': its weight is merged for another model"):
+                merge(other)
+            assert torch.equal(one.gate.weight, inside)
+    assert_untouched(one, before)
+    with merged_lora(other):
+        pass
+    assert_untouched(one, before)
