@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ..kernels import plans, tuning
 from ..kernels.gemm import plan_expand
+from ..kernels.hopper import rows_suit_tma, suits_tma
 from ..kernels.launching import Layout, layout_of, num_sms
 from ..kernels.members import Tensors, alike, layout_of_stacked, starts
 from ..kernels.sum_gemm import plan_sum_gemm
+from ..kernels.sum_hopper import plan_sum_hopper
 from ..kernels.thin import plan_da, plan_db
 from ..kernels.tiles import ceil_div
 from ..kernels.tuning import Config, Shape
@@ -111,7 +113,9 @@ def plan_backward(
         dtype,
         of_dx,
         dropped=keep_bits is not None,
-        tma=False,
+        tma=aligned
+        and k % 8 == 0
+        and all(rows_suit_tma(dys[i]) and suits_tma(weights[i]) for i in used),  # type: ignore[arg-type]
         sms=num_sms(x),
         alike=alike([weights[i] for i in used]),
     )
@@ -305,4 +309,8 @@ def _plan_dx(
             return dx
 
         return chained
-    return plan_sum_gemm(dys, weights, dxa, lora_a, keep_bits, dropout_p, config("group_dx", shape))
+    of, p = (dys, weights, dxa, lora_a, keep_bits), dropout_p
+    if name == "hopper":
+        whole = shape._replace(k=sum(dy.shape[1] for dy in dys))
+        return plan_sum_hopper(*of, p, config("group_dx_hopper", whole))
+    return plan_sum_gemm(*of, p, config("group_dx", shape))

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..kernels import plans, tuning
 from ..kernels.group_gemm import plan_group_gemm
+from ..kernels.group_hopper import plan_group_hopper
+from ..kernels.hopper import rows_suit_tma, suits_tma
 from ..kernels.launching import Layout, layout_of, num_sms
 from ..kernels.members import Tensors, alike, layout_of_stacked
 from ..kernels.tuning import Config, Shape
@@ -106,7 +108,10 @@ def plan_forward(
         dtype,
         shape,
         dropped=dropped,
-        tma=False,
+        tma=aligned
+        and rows_suit_tma(x)
+        and all(map(suits_tma, weights))
+        and not any(n % 8 for n in ns),
         sms=num_sms(x),
         alike=alike(weights),
     )
@@ -128,6 +133,10 @@ def plan_forward(
     if name == "beta1":
         chosen = config("group_expand")
         ys_of = plan_group_gemm(None, weights, xa, lora_bs, biases, scales, chosen, together)
+    elif name == "hopper":
+        # A tile is of one member, and those are narrower than all together.
+        chosen = config("group_y_hopper", shape._replace(n=max(ns)))
+        ys_of = plan_group_hopper(x, weights, xa, lora_bs, biases, scales, chosen)
     else:
         chosen = config("group_y")
         ys_of = plan_group_gemm(x, weights, xa, lora_bs, biases, scales, chosen)

@@ -183,7 +183,7 @@ def plan_hopper_gemm(
     # buffers, where two programs share an SM.
     looped = config.per_sm > 1
     rank = rank_arguments(u, v, bias, keep_bits, scale, dropout_p, 32, looped)
-    last = keep_bits is None and not rank["LOOPED"] and _scales_exactly(scale, dtype)
+    last = keep_bits is None and not rank["LOOPED"] and scales_exactly(scale, dtype)
     launch = Prepared(
         hopper_gemm_kernel,
         min(num_sms(p) * config.per_sm, tiles),
@@ -219,6 +219,6 @@ def plan_hopper_gemm(
     return run
 
 
-def _scales_exactly(scale: float, dtype: torch.dtype) -> bool:
+def scales_exactly(scale: float, dtype: torch.dtype) -> bool:
     """Whether ``scale`` times what is in dtype is in dtype; bfloat16 has float32's range."""
     return scale == 1.0 or (dtype == torch.bfloat16 and abs(math.frexp(scale)[0]) == 0.5)

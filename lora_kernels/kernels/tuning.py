@@ -132,6 +132,9 @@ ROWS = (
     Row(ANY, "group_y", 2, Config(128, 128, 64, 8, 3), shared=BIG),
     Row(ANY, "group_y", 2, Config(128, 128, 32, 8, 3)),
     Row(ANY, "group_y", 4, Config(64, 64, 32, 8, 2)),
+    Row((9, 0), "group_y_hopper", 2, Config(128, 128, 64, 4, 3, per_sm=2), k=2048),
+    Row((9, 0), "group_y_hopper", 2, Config(128, 128, 64, 8, 4), n=1024),
+    Row((9, 0), "group_y_hopper", 2, Config(128, 256, 64, 8, 3)),
     Row(ANY, "group_expand", 2, Config(64, 128, 0, 4, 1)),
     Row(ANY, "group_expand", 4, Config(32, 64, 0, 8, 1)),
     Row(ANY, "group_dxa_db", 2, Config(32, 64, 0, 4, 3), m=1024, r=32),
@@ -146,6 +149,9 @@ ROWS = (
     Row(ANY, "group_dx", 2, Config(128, 128, 64, 8, 3), shared=BIG),
     Row(ANY, "group_dx", 2, Config(128, 128, 32, 8, 3)),
     Row(ANY, "group_dx", 4, Config(64, 64, 32, 8, 2)),
+    Row((9, 0), "group_dx_hopper", 2, Config(128, 128, 64, 4, 3, per_sm=2), k=2048),
+    Row((9, 0), "group_dx_hopper", 2, Config(128, 128, 64, 8, 4), n=1024),
+    Row((9, 0), "group_dx_hopper", 2, Config(128, 256, 64, 8, 3)),
 )
 
 

@@ -18,7 +18,7 @@ from lora_kernels.kernels import plans, tuning
 from lora_kernels.kernels.dropout import keep_mask, pack_bits
 from lora_kernels.kernels.launching import recording
 
-STRATEGIES = ("fused", "beta1", "aten")
+STRATEGIES = tuning.STRATEGIES["dx"]
 
 
 def needs_of(group, x=True, weights=True, lora_as=True, lora_bs=True, biases=True):
@@ -60,6 +60,13 @@ def check(group, name, needs, dropout_p=0.0, device="cpu", dtype=torch.float32):
     return ours
 
 
+def needs_tma(device, group):
+    if device == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the Hopper kernel needs compute capability 9.0")
+    if any(len(weight) % 8 for weight in group.weights):
+        pytest.skip("these rows of dy do not suit TMA")
+
+
 def flat(grads):
     return [grads.dx, *itertools.chain(*grads[1:])]
 
@@ -72,6 +79,8 @@ def test_every_strategy(name, members, dropout_p, device, poisoned):
     if name == "aten" and dropout_p:
         pytest.skip("this strategy takes no dropout, see test_tuning")
     group = kernel_groups.make(members, torch.bfloat16, device, m=70, factors=torch.float32)
+    if name == "hopper":
+        needs_tma(device, group)
     check(group, name, needs_of(group), dropout_p, device)
 
 
@@ -100,7 +109,9 @@ def test_gradients_of_some_members(dropout_p, kind, poisoned):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_outputs_that_nobody_used(name, unused, members, poisoned):
     unused = (unused,) if isinstance(unused, int) else unused
-    group = kernel_groups.make(MEMBERS[members], torch.float32, "cpu")
+    group = kernel_groups.make(MEMBERS[members], torch.float16, "cpu")
+    if name == "hopper":
+        needs_tma("cpu", group)
     dys = [None if i in unused else dy for i, dy in enumerate(group.dys)]
     if all(dy is None for dy in dys):
         pytest.skip("then there is no backward")
@@ -152,6 +163,7 @@ def test_db_taken_apart_is_db(monkeypatch, poisoned):
     ("name", "names"),
     [
         ("fused", ["group_dxa_db_kernel", "thin_kernel", "sum_gemm_kernel"]),
+        ("hopper", ["group_dxa_db_kernel", "thin_kernel", "sum_hopper_kernel"]),
         ("beta1", ["group_dxa_db_kernel", "thin_kernel", "pointer_gemm_kernel"]),
     ],
 )

@@ -15,11 +15,18 @@ from lora_kernels.kernels import tuning
 from lora_kernels.kernels.dropout import keep_mask, pack_bits
 from lora_kernels.kernels.launching import recording
 
-STRATEGIES = ("one_kernel", "fused", "beta1", "aten")
+STRATEGIES = tuning.STRATEGIES["forward"]
 
 
 def capability_of(device):
     return torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
+
+
+def needs_tma(device, group):
+    if device == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the Hopper kernel needs compute capability 9.0")
+    if any(len(weight) % 8 for weight in group.weights):
+        pytest.skip("these outputs do not suit TMA, see below")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -35,6 +42,8 @@ def test_every_strategy(name, members, packed, dropout_p, device, poisoned):
     )
     if name == "one_kernel" and max(group.ranks) > tuning.ONE_KERNEL_RANK:
         pytest.skip("it holds ranks up to 64, see test_tuning")
+    if name == "hopper":
+        needs_tma(device, group)
     seed = seed_of(5, device) if dropout_p else None
     keep = keep_mask(seed, 70, 56, dropout_p) if dropout_p else None
     arguments = group.x, *group.kinds, group.scales, seed, dropout_p, capability_of(device)
@@ -89,7 +98,7 @@ def test_weights_of_differing_strides_go_to_products_that_take_them(poisoned):
             same, *_ = kernels.forward(group.x, group.weights, *arguments)
         for one, other in zip(ys, same, strict=True):
             torch.testing.assert_close(one, other)
-    for name in ("one_kernel", "fused"):
+    for name in ("one_kernel", "fused", "hopper"):
         with (
             tuning.use_strategy(forward=name),
             pytest.raises(RuntimeError, match="differ in their strides"),
@@ -102,6 +111,7 @@ def test_weights_of_differing_strides_go_to_products_that_take_them(poisoned):
     [
         ("fused", ["xa_kernel", "group_gemm_kernel"]),
         ("beta1", ["xa_kernel", "group_gemm_kernel"]),
+        ("hopper", ["xa_kernel", "group_hopper_kernel"]),
         ("one_kernel", ["group_one_kernel_kernel"]),
     ],
 )
@@ -110,3 +120,23 @@ def test_one_launch_serves_all_members(name, names):
     with recording(132) as launches, tuning.use_strategy(forward=name):
         kernels.forward(group.x, *group.kinds, group.scales, None, 0.0, (9, 0))
     assert [launch.kernel.__name__ for launch in launches] == names
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("moved", ["x", "weight", "width"])
+def test_what_does_not_suit_tma(moved):
+    members = ((72, 16, True), (20 if moved == "width" else 24, 16, False))
+    group = kernel_groups.make(members, torch.float16, "cpu")
+
+    def off(tensor):
+        return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+
+    x = off(group.x) if moved == "x" else group.x
+    if moved == "weight":
+        group.weights[1] = off(group.weights[1])
+    arguments = group.scales, None, 0.0, (9, 0)
+    with (
+        tuning.use_strategy(forward="hopper"),
+        pytest.raises(RuntimeError, match="do not suit TMA"),
+    ):
+        kernels.forward(x, *group.kinds, *arguments)

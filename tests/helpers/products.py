@@ -29,3 +29,21 @@ def check_product(kernel, p, q, u, v, bias, dropout_p=0.0, *, config, scale=0.7)
     plain = statement(*rounded, scale, keep, dropout_p)
     assert_close(ours, plain, statement(*wide, scale, keep, dropout_p), kernel.__name__)
     assert ours.is_contiguous()
+
+
+def member_products(group, u, product=True):
+    """``x·w_iᵀ + scale_i·u_i·b_iᵀ + bias_i`` of a group of `kernel_groups`."""
+    outs, spans = [], group.spans()
+    members = zip(group.weights, group.lora_bs, group.biases, strict=True)
+    for i, (weight, lora_b, bias) in enumerate(members):
+        out = group.x @ weight.t() if product else u.new_zeros(len(u), len(weight))
+        if lora_b is not None:
+            out = out + group.scales[i] * (u[:, spans[i]] @ lora_b.t())
+        outs.append(out if bias is None else out + bias)
+    return outs
+
+
+def sum_of_products(ps, qs, u, v, keep, dropout_p):
+    """``Σ p_i·q_i + mask⊙(u·v)/(1 - dropout_p)``."""
+    branch = u @ v if keep is None else (u @ v) * keep / (1 - dropout_p)
+    return sum((p @ q for p, q in zip(ps, qs, strict=True)), branch)

@@ -9,6 +9,7 @@ import torch
 from closeness import assert_close
 from kernel_cases import DEVICES, DTYPES
 from kernel_groups import MEMBERS
+from products import member_products
 
 from lora_kernels.kernels.group_gemm import group_gemm
 from lora_kernels.kernels.tuning import Config
@@ -16,25 +17,12 @@ from lora_kernels.kernels.tuning import Config
 CONFIG = Config(32, 32, 32, group=2)
 
 
-def statement(group, u, product):
-    outs = []
-    spans = group.spans()
-    for i, (weight, lora_b, bias) in enumerate(
-        zip(group.weights, group.lora_bs, group.biases, strict=True)
-    ):
-        out = group.x @ weight.t() if product else u.new_zeros(len(u), len(weight))
-        if lora_b is not None:
-            out = out + group.scales[i] * (u[:, spans[i]] @ lora_b.t())
-        outs.append(out if bias is None else out + bias)
-    return outs
-
-
 def check(group, u, **options):
     product = options.pop("product", True)
     operands = group.weights, u, group.lora_bs, group.biases, group.scales
     outs = group_gemm(group.x if product else None, *operands, **options)
     narrow, wide = group.to(u.dtype), group.to(u.dtype).to(torch.float64)
-    plain, truth = statement(narrow, u, product), statement(wide, u.double(), product)
+    plain, truth = member_products(narrow, u, product), member_products(wide, u.double(), product)
     for i, (out, one, other) in enumerate(zip(outs, plain, truth, strict=True)):
         assert_close(out, one, other, f"out {i}")
     return outs

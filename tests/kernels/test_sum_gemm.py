@@ -9,17 +9,13 @@ import torch
 from closeness import assert_close
 from kernel_cases import DEVICES, DTYPES
 from kernel_groups import MEMBERS
+from products import sum_of_products
 
 from lora_kernels.kernels.dropout import pack_bits
 from lora_kernels.kernels.sum_gemm import sum_gemm
 from lora_kernels.kernels.tuning import Config
 
 CONFIG = Config(32, 32, 32, group=2)
-
-
-def statement(ps, qs, u, v, keep, dropout_p):
-    branch = u @ v if keep is None else (u @ v) * keep / (1 - dropout_p)
-    return sum((p @ q for p, q in zip(ps, qs, strict=True)), branch)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -37,8 +33,8 @@ def test_every_member_is_added(k, dropout_p, members, dtype, device, poisoned):
     out = sum_gemm(*operands, keep_bits=bits, dropout_p=dropout_p, config=CONFIG)
     v = v.to(dtype)
     wide = group.to(torch.float64)
-    plain = statement(group.dys, group.weights, u, v, keep, dropout_p)
-    truth = statement(wide.dys, wide.weights, u.double(), v.double(), keep, dropout_p)
+    plain = sum_of_products(group.dys, group.weights, u, v, keep, dropout_p)
+    truth = sum_of_products(wide.dys, wide.weights, u.double(), v.double(), keep, dropout_p)
     assert_close(out, plain, truth)
     assert out.is_contiguous()
 
@@ -50,6 +46,6 @@ def test_rows_of_wider_ones_and_weights_the_other_way_round(device, poisoned):
     qs = [torch.randn(40, 64, device=device)[:, :n].t() for n in (17, 40)]
     u, v = torch.randn(33, 5, device=device), torch.randn(40, 5, device=device).t()
     out = sum_gemm(ps, qs, u, v, config=CONFIG)
-    plain = statement(ps, qs, u, v, None, 0.0)
+    plain = sum_of_products(ps, qs, u, v, None, 0.0)
     double = [[t.double() for t in kind] for kind in (ps, qs)]
-    assert_close(out, plain, statement(*double, u.double(), v.double(), None, 0.0))
+    assert_close(out, plain, sum_of_products(*double, u.double(), v.double(), None, 0.0))
