@@ -210,7 +210,8 @@ def use_backend(backend: str) -> Iterator[None]:
 def explain(module_or_tensors: nn.Module | Tensor | tuple[Any, ...] | list[Any]) -> str:
     """Say which path a call would take and why, as ``"<backend>: <reason>"``.
 
-    Where `use_backend` asked for what cannot serve the call, the backend is ``none``.
+    Where `use_backend` asked for what cannot serve the call, the backend is ``none``. Of a model it
+    says, too, which layers are computed together.
 
     Args:
         module_or_tensors: a module (its first floating-point parameter stands for its input), a
@@ -237,7 +238,22 @@ def explain(module_or_tensors: nn.Module | Tensor | tuple[Any, ...] | list[Any])
         choice = choose(*tensors[:5])
     except RuntimeError as refusal:
         return f"none: {refusal}"
-    return f"{choice.backend}: {choice.reason}"
+    said = together(module_or_tensors) if isinstance(module_or_tensors, nn.Module) else ""
+    path = f"{choice.backend}: {choice.reason}"
+    return f"{path}; computed together where they read one tensor: {said}" if said else path
+
+
+def together(model: nn.Module) -> str:
+    """Which layers of a model are computed together, by the last parts of their names."""
+    names = {id(module): name for name, module in model.named_modules()}
+    groups = {id(s): s for m in model.modules() if (s := getattr(m, "_lora_siblings", None))}
+    counts: dict[str, int] = {}
+    for group in groups.values():
+        known = [names[id(layer)] for layer in group.layers() if id(layer) in names]
+        if group.together and len(known) > 1:
+            members = " + ".join(name.rpartition(".")[2] for name in known)
+            counts[members] = counts.get(members, 0) + 1
+    return ", ".join(f"{members} ({n} times)" for members, n in counts.items())
 
 
 def _tensors_of(module: nn.Module) -> list[Any]:

@@ -11,7 +11,8 @@ from types import ModuleType
 
 from torch import nn
 
-from ..dispatch import explain
+from ..dispatch import explain, together
+from .grouping import check_group, group_linears
 from .wording import listed
 
 _SHOWN = 3
@@ -27,12 +28,14 @@ class PeftReport:
             merged, disabled, a DoRA adapter … It is looked at anew in each call.
         left: names of the adapter layers that were not touched, with the reason.
         path: what `explain` says of the first layer that they serve, empty if there is none.
+        together: which layers are computed together, where they read one tensor.
     """
 
     taken: tuple[str, ...]
     handing_over: Mapping[str, str]
     left: Mapping[str, str]
     path: str
+    together: str = ""
 
     def __str__(self) -> str:
         lines = [
@@ -43,6 +46,8 @@ class PeftReport:
             lines.append(f"  taken: {listed(self.taken, _SHOWN)}")
         if self.path:
             lines.append(f"  path: {self.path}")
+        if self.together:
+            lines.append(f"  computed together: {self.together}")
         for title, reasons in (
             ("taken, but PEFT serves their calls for now", self.handing_over),
             ("left to PEFT", self.left),
@@ -57,7 +62,9 @@ class PeftReport:
     __repr__ = __str__
 
 
-def accelerate_peft(model: nn.Module, *, undo: bool = False) -> PeftReport:
+def accelerate_peft(
+    model: nn.Module, *, undo: bool = False, group: bool | None = None
+) -> PeftReport:
     """Make the LoRA linears of a live PEFT model run on `lora_linear`, in place.
 
     Takes every module that is exactly ``peft.tuners.lora.layer.Linear``, whether it came there by
@@ -76,17 +83,20 @@ def accelerate_peft(model: nn.Module, *, undo: bool = False) -> PeftReport:
     Args:
         model: a PEFT model, or any module with PEFT's layers in it.
         undo: give the layers back to PEFT instead; also for a copy, or a model unpickled.
+        group: as for `apply_lora`: layers that are called with one tensor, as q, k and v are, are
+            computed together, with one dropout mask where PEFT draws one for each.
 
     Returns:
         What was taken, what was left and why, as `PeftReport`.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``group`` is not True, False or None.
         ValueError: it has no layer of PEFT's.
         ImportError: peft is missing or older than 0.17.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_group(group)
     library = _import_peft_layer()
     fast = library.FastLinear
     layers = {n: m for n, m in model.named_modules() if isinstance(m, library.BaseTunerLayer)}
@@ -97,6 +107,7 @@ def accelerate_peft(model: nn.Module, *, undo: bool = False) -> PeftReport:
         )
     if undo:
         back = [layer for layer in layers.values() if type(layer) is fast]
+        group_linears(model, False, (fast,))
         for layer in back:
             layer.__class__ = library.Linear
         return PeftReport((), {}, dict.fromkeys(layers, "acceleration undone"), "")
@@ -108,11 +119,12 @@ def accelerate_peft(model: nn.Module, *, undo: bool = False) -> PeftReport:
     taken = {name: layer for name, layer in layers.items() if name not in left}
     for layer in taken.values():
         layer.__class__ = fast
+    group_linears(model, group, (fast,))
     parts = {name: layer.parts() for name, layer in taken.items()}
     handing_over = {name: part for name, part in parts.items() if isinstance(part, str)}
     served = next((part for part in parts.values() if not isinstance(part, str)), None)
     path = "" if served is None else explain((served.weight, *served[:4]))
-    return PeftReport(tuple(taken), handing_over, left, path)
+    return PeftReport(tuple(taken), handing_over, left, path, together(model))
 
 
 def _import_peft_layer() -> ModuleType:

@@ -15,6 +15,12 @@ from .shared_calls import called_together
 BY_DEFAULT = ("cpu",)
 
 
+def check_group(group: Any) -> None:
+    """Raise TypeError where it is none of True, False and None."""
+    if group is not None and not isinstance(group, bool):
+        raise TypeError(f"group must be True, False or None, got {group!r}")
+
+
 def group_linears(
     model: nn.Module, group: bool | None, kinds: tuple[type, ...] = (LoRALinear,)
 ) -> None:
@@ -28,18 +34,31 @@ def group_linears(
         group: None for the devices in `BY_DEFAULT`, True for all, False for none.
         kinds: the classes of the linears.
     """
+    devices = BY_DEFAULT if group is None else None
+    families: list[tuple[list[Any], bool]] = []
+    if group is not False:
+        for parent in model.modules():
+            if not isinstance(parent, kinds):
+                families += _families(parent, kinds)
+    fresh = [family for family in families if not _are_siblings(family[0], devices)]
+    staying = {id(layer) for family in families if family not in fresh for layer in family[0]}
     for layer in model.modules():
-        if isinstance(layer, kinds):
+        if isinstance(layer, kinds) and id(layer) not in staying:
             layer.__dict__.pop("_lora_siblings", None)
             layer.__dict__.pop("_lora_slot", None)
-    if group is False:
-        return
-    devices = BY_DEFAULT if group is None else None
-    for parent in model.modules():
-        if isinstance(parent, kinds):
-            continue
-        for layers, seen in _families(parent, kinds):
-            Siblings(layers, seen=seen, devices=devices)
+    for layers, seen in fresh:
+        Siblings(layers, seen=seen, devices=devices)
+
+
+def _are_siblings(layers: list[Any], devices: tuple[str, ...] | None) -> bool:
+    """Whether these, and they alone, have been joined already."""
+    siblings = layers[0].__dict__.get("_lora_siblings")
+    return (
+        siblings is not None
+        and siblings.devices == devices
+        and [id(layer) for layer in siblings.layers()] == [id(layer) for layer in layers]
+        and all(layer.__dict__.get("_lora_siblings") is siblings for layer in layers)
+    )
 
 
 def _families(parent: nn.Module, kinds: tuple[type, ...]) -> Iterator[tuple[list[Any], bool]]:

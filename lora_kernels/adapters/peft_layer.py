@@ -1,8 +1,8 @@
 """`FastLinear`, PEFT's LoRA linear on these kernels. The only file that imports peft.
 
 `accelerate` imports it when it is called, and unpickling an accelerated model does; both need peft
-anyhow. The class adds no attribute, so that turning a layer's ``__class__`` to it and back is all
-there is to taking it and giving it back.
+anyhow. The class adds no attribute of its own, so that turning a layer's ``__class__`` to it and
+back is all there is to taking it and giving it back; `grouping` puts two there and takes them away.
 
 The road not taken: a ``forward`` bound to each layer. Such a model cannot be pickled, and a deep
 copy of it computes with the weights of the original.
@@ -78,6 +78,11 @@ class FastLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``x [..., K]`` to ``y [..., N]``, as PEFT's forward."""
+        siblings = self.__dict__.get("_lora_siblings")
+        if siblings is not None and not args and not kwargs:
+            y: Tensor | None = siblings.serve(self, x)
+            if y is not None:
+                return y
         parts = "more arguments than x" if args or kwargs else self.parts()
         if isinstance(parts, str) or _input_refusal(x, parts, self.cast_input_dtype_enabled):
             return super().forward(x, *args, **kwargs)
@@ -92,6 +97,19 @@ class FastLinear(Linear):
             dropout_p=dropout_p,
             training=training,
         )
+
+    def group_part(self, x: Tensor) -> tuple[Any, ...] | None:
+        """The same for a call together with other layers, see `LoRALinear.group_part`."""
+        parts = self.parts()
+        if isinstance(parts, str) or type(parts.lora_a) is not nn.Parameter:
+            return None  # the latter is made anew in each call, of several adapters
+        return None if _input_refusal(x, parts, self.cast_input_dtype_enabled) else tuple(parts)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        siblings = self.__dict__.get("_lora_siblings")
+        if siblings is not None:
+            siblings.join(self)
 
     def parts(self) -> Parts | str:
         """What a call would hand to `lora_linear`, or the reason why PEFT's forward serves it."""

@@ -24,7 +24,7 @@ from .carried import (
     require_lora,
 )
 from .changing import LOCK, change_of
-from .grouping import group_linears
+from .grouping import check_group, group_linears
 from .lookalikes import way_out
 from .sharding import refuse_sharded, reshard
 from .targets import (
@@ -119,8 +119,7 @@ def apply_lora(
         raise ValueError("config and its single arguments were both given; use one of the two")
     check_adapter_name(name)
     factor_dtype(torch.float32, lora_dtype)
-    if group is not None and not isinstance(group, bool):
-        raise TypeError(f"group must be True, False or None, got {group!r}")
+    check_group(group)
     with change_of(model):
         return _apply(model, config, name, lora_dtype, verbose, group)
 

@@ -170,9 +170,12 @@ def _call(
             x, weights, lora_as, lora_bs, biases, scales, noise, settings.dropout_p
         )
     operands: Any = (settings, x, noise, *weights, *lora_as, *lora_bs, *biases)
-    if traced or _are_functorch_transforms_active():
+    learns = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in operands[1:]
+    )
+    if (traced and learns) or _are_functorch_transforms_active():
         return _TracedGroup.apply(*operands)[: settings.members]
-    if torch.is_grad_enabled():
+    if learns:
         return _Group.apply(*operands)
     return _forward(*operands)[0]
 

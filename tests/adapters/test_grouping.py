@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from grouped import IDS, groups, nodes
 from tiny_families import FAMILIES, family
 from torch import nn
 
@@ -27,21 +28,6 @@ from lora_kernels.group import siblings as room
 @pytest.fixture(autouse=True)
 def few_rows_too(monkeypatch):
     monkeypatch.setattr(room, "_LEAST_ROWS_ON_CPU", 0)
-
-
-def groups(model):
-    """The names of those that stay together, as a set of sets."""
-    names = {id(module): name for name, module in model.named_modules()}
-    found = {
-        id(m._lora_siblings): m._lora_siblings
-        for m in model.modules()
-        if hasattr(m, "_lora_siblings")
-    }
-    return {
-        frozenset(names[id(layer)] for layer in each.layers())
-        for each in found.values()
-        if each.together
-    }
 
 
 def adapted(name, group, dropout=0.0, dtype=torch.float32, targets=None):
@@ -77,20 +63,6 @@ def step(model, ids, checkpointing=False):
     return out.logits.detach(), [p.grad for p in lora_parameters(model)]
 
 
-def nodes(tensor):
-    """How many calls of a group a graph holds."""
-    seen, waiting, count = set(), [tensor.grad_fn], 0
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        count += node.name() == "_GroupBackward"
-        waiting += [following for following, _ in node.next_functions]
-    return count
-
-
-IDS = torch.arange(24).view(2, 12) % 30
 EXPECTED = {  # of each layer
     "llama": [("self_attn", "q_proj k_proj v_proj"), ("mlp", "gate_proj up_proj")],
     "qwen2": [("self_attn", "q_proj k_proj v_proj")],

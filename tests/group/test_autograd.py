@@ -240,6 +240,26 @@ def test_same_inputs_same_bits():
 
 # dynamo itself makes an instance of the Function, which torch deprecates.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("trained", [("x",), ("lora_a0", "lora_b0"), ()], ids=str)
+@pytest.mark.parametrize("members", ["q, k, v", "one without LoRA"])
+def test_compiles_whole_whatever_is_trained(members, trained):
+    group = Group(MEMBERS[members], 8, 16, torch.float32)
+    for name in trained:
+        group.train(name)
+
+    def call(*inputs):
+        return lora_linear_group(inputs[0], *group.kinds(inputs), scales=group.scales)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        bare = compiled(*group.inputs)
+    for a, b, c in zip(compiled(*group.inputs), group.statement(), bare, strict=True):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(c, b)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("members", ["q, k, v", "one without LoRA"])
 def test_compiles_whole(members):
     group = Group(MEMBERS[members], 8, 16, torch.float32).train()
