@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .per_thread import PerThread
+
 __all__ = ["Choice", "choose", "explain", "is_named", "multiplies_by_itself", "use_backend"]
 
 BACKENDS = ("triton", "reference")
@@ -23,7 +25,7 @@ _PLAIN = (Tensor, nn.Parameter)
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 # What `use_backend` asked for, None outside of it.
-_asked_for: str | None = None
+_asked: PerThread[str | None] = PerThread("backend", None)
 
 
 class Choice(NamedTuple):
@@ -65,14 +67,15 @@ def choose(
     """
     if weight is not None and type(weight) not in _PLAIN and multiplies_by_itself(type(weight)):
         return _by_itself(type(weight).__name__)
-    if _asked_for == "reference":
+    asked_for = _asked.get()
+    if asked_for == "reference":
         return _on_cpu(_ASKED_FOR, x)
-    if _asked_for is None and not x.is_cuda:
+    if asked_for is None and not x.is_cuda:
         return _on_cpu(_ON_CPU, x) if x.is_cpu else Choice("reference", _no_cuda(x.device.type))
     tensors = [t for t in (x, weight, lora_a, lora_b, bias) if t is not None]
     rank = None if lora_a is None else lora_a.shape[0]
     refusal = _device_refusal(x.device.type, x.device.index) or _tensor_refusal(tensors, rank)
-    if _asked_for == "triton":
+    if asked_for == "triton":
         if refusal:
             _refuse(refusal)
         return Choice("triton", "asked for by use_backend")
@@ -99,14 +102,14 @@ def multiplies_by_itself(kind: type) -> bool:
 
 def _by_itself(kind: str) -> Choice:
     reason = f"the weight is a {kind}, which multiplies by itself"
-    if _asked_for == "triton":
+    if _asked.get() == "triton":
         _refuse(reason)
     return Choice("reference", reason)
 
 
 def is_named() -> bool:
     """Whether `use_backend` asked for a backend, which then serves the call or nothing does."""
-    return _asked_for is not None
+    return _asked.get() is not None
 
 
 def _on_cpu(choice: Choice, x: Tensor) -> Choice:
@@ -189,7 +192,10 @@ def _interpreting() -> bool:
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Take ``"triton"`` or ``"reference"`` for every call inside the ``with``, in all threads.
+    """Take ``"triton"`` or ``"reference"`` for every call inside the ``with``, in this thread.
+
+    Other threads go on as they were; one that this starts has to ask for itself. A backward goes
+    the way of its forward.
 
     What is asked for by name never falls back: a call that the backend cannot serve raises
     RuntimeError with the reason.
@@ -197,14 +203,10 @@ def use_backend(backend: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name.
     """
-    global _asked_for
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    before, _asked_for = _asked_for, backend
-    try:
+    with _asked.set(backend):
         yield
-    finally:
-        _asked_for = before
 
 
 def explain(module_or_tensors: nn.Module | Tensor | tuple[Any, ...] | list[Any]) -> str:

@@ -21,6 +21,7 @@ FLOORS = {
         {"group", "experts"},
         {"linear"},
         {"kernels", "config", "dispatch"},
+        {"per_thread"},
     ),
     "minimind": (
         {"__main__"},

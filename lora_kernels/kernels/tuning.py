@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..per_thread import PerThread
+
 KERNELS = ("xa", "one_kernel", "gemm", "hopper", "expand", "dxa_db", "da")
 STRATEGIES = {
     "forward": ("one_kernel", "fused", "hopper", "beta1", "aten"),
@@ -197,33 +199,30 @@ class _Forced(NamedTuple):
     dx: str | None
 
 
-_forced = _Forced(None, None)
+_forced = PerThread("strategy", _Forced(None, None))
 
 
 def asked() -> tuple[str | None, str | None, int]:
     """Everything but its arguments that `strategy` and `lookup` go by, to be compared."""
-    return *_forced, id(ROWS)
+    return *_forced.get(), id(ROWS)
 
 
 @contextmanager
 def use_strategy(forward: str | None = None, dx: str | None = None) -> Iterator[None]:
-    """Force the strategy of the Triton path for every call inside the ``with``, in all threads.
+    """Force the strategy of the Triton path for every call inside the ``with``, in this thread.
 
-    A forced strategy that cannot serve a call raises there. None leaves the choice to the table.
+    A backward goes by where it is called, not by where its forward was. A forced strategy that
+    cannot serve a call raises there. None leaves the choice to the table.
 
     Raises:
         ValueError: an unknown name.
     """
-    global _forced
     for argument, name in (("forward", forward), ("dx", dx)):
         if name is not None and name not in STRATEGIES[argument]:
             known = ", ".join(STRATEGIES[argument])
             raise ValueError(f"{argument} must be one of {known}; got {name!r}")
-    before, _forced = _forced, _Forced(forward, dx)
-    try:
+    with _forced.set(_Forced(forward, dx)):
         yield
-    finally:
-        _forced = before
 
 
 def strategy(
@@ -251,7 +250,7 @@ def strategy(
     Raises:
         RuntimeError: `use_strategy` asked for one that cannot serve this call.
     """
-    asked = _forced.forward if role == "forward" else _forced.dx
+    asked = _forced.get().forward if role == "forward" else _forced.get().dx
     if asked is not None:
         refusal = _refusal(asked, capability, dtype, shape, dropped, tma)
         if not alike and asked not in ("beta1", "aten"):

@@ -186,14 +186,14 @@ def test_threads_find_and_forget_at_once(monkeypatch):
     def work(first):
         for turn in range(300):
             rows = 1 + (first + turn) % 7
-            y, *_ = forward(t.x[:rows], *t[1:5], 0.7, None, 0.0, (9, 0))
+            with tuning.use_strategy(forward="aten"):  # the interpreter is not for threads
+                y, *_ = forward(t.x[:rows], *t[1:5], 0.7, None, 0.0, (9, 0))
             if y.shape[0] != rows or not torch.allclose(y, expected[:rows], atol=1e-4, rtol=1e-4):
                 wrong.append(rows)
 
-    with tuning.use_strategy(forward="aten"):  # the interpreter is not for threads
-        threads = [threading.Thread(target=work, args=(first,)) for first in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    threads = [threading.Thread(target=work, args=(first,)) for first in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert not wrong and plans.count() <= 2 + len(threads)

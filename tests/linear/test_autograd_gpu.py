@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import needs_triton  # noqa: F401 - skips this file without it
 import oracle
 import pytest
 import torch
 from closeness import assert_close
 from kernel_cases import Case, make
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import LoRALinear, explain, lora_linear, use_backend
 from lora_kernels.kernels import tuning
@@ -185,3 +188,25 @@ def test_a_device_that_is_not_current():
     y = layer(torch.randn(8, 64, device="cuda:1", dtype=torch.bfloat16))
     y.sum().backward()
     assert y.device.index == 1 and torch.isfinite(layer.lora.B.weight.grad).all()
+
+
+def test_autograds_thread_is_asked_for_what_the_caller_asked_for(monkeypatch):
+    """A backward, and a forward that checkpointing runs again, are in a thread of autograd's."""
+    seen = []
+    real = tuning.strategy
+
+    def strategy(role, *args, **kwargs):
+        seen.append((role, threading.get_ident() == caller, real(role, *args, **kwargs)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(tuning, "strategy", strategy)
+    caller = threading.get_ident()
+    layer = LoRALinear(256, 256, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    with tuning.use_strategy(forward="fused", dx="fused"):
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert ("dx", False, "fused") in seen
+    seen.clear()
+    with use_backend("reference"):
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert not seen
