@@ -80,6 +80,15 @@ class Settings:
         "prompt/response, question/answer, query/response, input/output, or text (default: told by "
         "the fields of the first row)",
     )
+    skip_bad: bool = _option(
+        False, "pass over rows of the data that cannot be used, and count them, instead of stopping"
+    )
+    cache: str | None = _option(
+        None,
+        "directory where the tokens of larger data are kept for the next run; it can be deleted "
+        "at any time (default: ~/.cache/minimind)",
+    )
+    no_cache: bool = _option(False, "keep them for this run alone")
     out: str | None = _option(None, "directory for results (default: the next free out/NAME-N)")
     base: str | None = _option(
         None,

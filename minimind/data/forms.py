@@ -166,35 +166,63 @@ _OF_FORMS = {name for form in FORMS for name in form.needs}
 _PREFERENCES = ("chosen", "rejected")
 
 
-def read_samples(path: str | os.PathLike[str], form: str | None = None) -> Iterator[Sample]:
-    """The samples of a file, one after the other; nothing is kept.
+class Reader:
+    """Makes samples of a file's rows, all of one form.
 
     Args:
         form: the name of one of `FORMS`; by default the first row tells. Fields of other forms
             are then passed over where they stand beside those of this one.
 
+    Attributes:
+        form: the form, once it is known.
+
     Raises:
-        FileNotFoundError: no such file.
-        DataError: the file cannot be read, or a row is of no form, of another than the first, or
-            has a field that nothing reads.
         ValueError: there is no form of that name.
     """
-    known = {each.name: each for each in FORMS}
-    if form is not None and form not in known:
-        raise ValueError(f"format must be one of {', '.join(known)}; got {form!r}")
-    chosen = known[form] if form else None
-    first = ""
-    for place, row in read_rows(path):
-        told = tell(row, place) if form is None else None
-        if chosen is None:
-            # A row that tells nothing is held against the form that the README shows.
-            chosen, first = told or _nearest(row, place), place
-        if told is not None and told is not chosen:
+
+    def __init__(self, form: str | None = None) -> None:
+        known = {each.name: each for each in FORMS}
+        if form is not None and form not in known:
+            raise ValueError(f"format must be one of {', '.join(known)}; got {form!r}")
+        self.form = known[form] if form else None
+        self._given = form is not None
+        self._first = ""
+
+    def sample(self, place: str, row: Any) -> Sample:
+        """The sample that a row is.
+
+        Raises:
+            DataError: the row is of no form, of another than the first, or has a field that
+                nothing reads.
+        """
+        told = None if self._given else tell(row, place)
+        # A row that tells nothing is held against the form that the README shows.
+        form = self.form or told or _nearest(row, place)
+        if told is not None and told is not form:
             raise DataError(
-                f"{place}: a row of the form {told.name} in a file of the form {chosen.name}, as "
-                f"{first} tells; put each form into a file of its own"
+                f"{place}: a row of the form {told.name} in a file of the form {form.name}, as "
+                f"{self._first} tells; put each form into a file of its own"
             )
-        yield _sample(chosen, row, place, forced=form is not None)
+        sample = _sample(form, row, place, forced=self._given)
+        if self.form is None:
+            self.form, self._first = form, place
+        return sample
+
+
+def read_samples(path: str | os.PathLike[str], form: str | None = None) -> Iterator[Sample]:
+    """The samples of a file, one after the other; nothing is kept.
+
+    Args:
+        form: as of `Reader`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DataError: the file cannot be read, or a row of it cannot be used; see `Reader`.
+        ValueError: there is no form of that name.
+    """
+    reader = Reader(form)
+    for place, row in read_rows(path):
+        yield reader.sample(place, row)
 
 
 def read_conversations(path: str | os.PathLike[str], form: str | None = None) -> list[Sample]:

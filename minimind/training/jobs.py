@@ -218,7 +218,8 @@ def describe(job: Job) -> str:
         f"({'' if config.era == '2025-02' else config.era + ', '}"
         f"dim {config.dim}, {config.n_layers} layers{', MoE' if config.use_moe else ''})",
         f"  data        {settings.data}: {len(train):,} {_of_form(train.form)}, "
-        f"{sum(train.lengths):,} tokens{left}",
+        f"{train.tokens:,} tokens{left}",
+        *_skipped(train),
         f"  held out    {len(job.heldout) if job.heldout else 'nothing (fewer than 20 samples)'}",
         f"  steps       {job.trainer.total_steps:,} ({settings.epochs} epochs)",
     ]
@@ -243,6 +244,15 @@ def describe(job: Job) -> str:
     if job.processes.several:
         lines.insert(2, f"  processes   {job.processes.size} ({job.processes.strategy})")
     return "\n".join(lines)
+
+
+def _skipped(train: SFTDataset) -> list[str]:
+    """What to say of rows that were passed over."""
+    skipped = train.skipped
+    if not skipped.count:
+        return []
+    first = [f"              {message}" for _, message in skipped.first]
+    return [f"  skipped     {skipped.count:,} rows that cannot be used; the first:", *first]
 
 
 def _of_form(form: str) -> str:

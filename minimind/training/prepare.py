@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,11 +19,10 @@ from lora_kernels import (
     mark_only_lora_as_trainable,
 )
 
-from ..data.forms import read_conversations
-from ..data.reading import DATA_DIRECTORY, find_data, split_name
-from ..data.sft import SFTDataset
+from ..data.building import Cache, default_cache
+from ..data.reading import DATA_DIRECTORY
+from ..data.sft import SFTDataset, held_out
 from ..data.tokenizer import load_tokenizer
-from ..data.turns import Sample
 from ..model.checkpoint import ADAPTER_NAME, load_adapter, load_model
 from ..model.config import LMConfig
 from ..model.transformer import MiniMindLM
@@ -32,10 +30,9 @@ from ..settings import Settings
 from .directory import RESUME, RUN, claim_directory, left_over
 from .loop import DTYPES, Trainer, best_dtype
 from .parallel import ALONE, Processes
-from .report import warn
+from .report import say, warn
 
 BASE_DIRECTORY = Path(__file__).parents[1] / "assets" / "base"
-MOST_HELDOUT = 200
 DEFAULT_RANK = 16
 
 
@@ -180,25 +177,17 @@ def parse_targets(targets: str | None) -> list[str] | str | None:
     return names if plain else targets
 
 
-def split(data: str, seed: int, form: str | None = None) -> tuple[list[Sample], list[Sample]]:
-    """Training and held-out samples of ``data``, a file of ``form`` (told by its first row).
+def choose_cache(cache: str | None, no_cache: bool) -> Cache:
+    """Where ``--cache`` and ``--no-cache`` say that tokens are kept.
 
-    ``X.heldout.jsonl`` beside ``X.jsonl`` is the held-out split; without one, a tenth (at most
-    200) is drawn from the data, and none from fewer than 20.
+    Raises:
+        ValueError: they say both.
     """
-    path = find_data(data)
-    conversations = read_conversations(path, form)
-    name, ending = split_name(path)
-    beside = path.with_name(f"{name}.heldout{ending}")
-    if beside.is_file():
-        return conversations, read_conversations(beside, form)
-    answered = [i for i, sample in enumerate(conversations) if sample.teaches]
-    if len(answered) < 20:
-        return conversations, []
-    count = min(MOST_HELDOUT, len(answered) // 10)
-    out = set(random.Random(seed).sample(answered, count))
-    train = [c for i, c in enumerate(conversations) if i not in out]
-    return train, [conversations[i] for i in sorted(out)]
+    if cache is not None and no_cache:
+        raise ValueError(f"--cache {cache} and --no-cache contradict each other; leave one out")
+    if cache is None and not no_cache:
+        return default_cache(show=True, say=say)
+    return Cache(Path(cache) if cache is not None else None, show=True, say=say)
 
 
 def prepare(
@@ -227,16 +216,18 @@ def prepare(
             processes.check(training.batch_size)
             model, tokenizer = load_base(settings)
             max_length = min(settings.max_length, model.config.max_seq_len)
-            train_set, heldout_set = split(settings.data, settings.seed, settings.format)
-            train = SFTDataset(train_set, tokenizer, max_length, settings.data)
-            heldout = None
-            if heldout_set:
-                heldout = SFTDataset(
-                    heldout_set, tokenizer, max_length, f"the held-out split of {settings.data}"
-                )
+            train, heldout = held_out(
+                settings.data,
+                tokenizer,
+                max_length,
+                settings.seed,
+                settings.format,
+                settings.skip_bad,
+                choose_cache(settings.cache, settings.no_cache),
+            )
             base_heldout = None
             if lora and settings.base is None and settings.data != "base":
-                others = read_conversations(DATA_DIRECTORY / "base.heldout.jsonl")
+                others = DATA_DIRECTORY / "base.heldout.jsonl"
                 base_heldout = SFTDataset(others, tokenizer, max_length)
             torch.manual_seed(settings.seed)
             adapted: list[str] = []

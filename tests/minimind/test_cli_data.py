@@ -8,12 +8,19 @@ import json
 import pytest
 from tiny_cli import finetune, talk
 
-from minimind.training.prepare import split
+from minimind.data.building import Cache
+from minimind.data.sft import held_out
+from minimind.data.tokenizer import load_tokenizer
 
 
 def lines(path, rows, pack=False):
     data = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
     path.write_bytes(gzip.compress(data) if pack else data)
+
+
+def split(data):
+    train, heldout = held_out(data, load_tokenizer(), max_length=512, seed=0)
+    return [[] if part is None else list(part.conversations) for part in (train, heldout)]
 
 
 def rows(count, **more):
@@ -44,7 +51,7 @@ def test_without_out_the_directory_is_named_after_the_file_alone(here):
 def test_held_out_samples_beside_a_packed_file(here):
     lines(here / "mine.jsonl.gz", rows(30), pack=True)
     lines(here / "mine.heldout.jsonl.gz", rows(2), pack=True)
-    train, heldout = split("mine.jsonl.gz", seed=0)
+    train, heldout = split("mine.jsonl.gz")
     assert (len(train), len(heldout)) == (30, 2)
 
 
@@ -52,9 +59,9 @@ def test_what_teaches_nothing_is_not_held_out(here):
     silent = [{**turns, "weight": 0} if turns["role"] == "assistant" else turns
               for turns in talk("q", "wrong")]  # fmt: skip
     lines(here / "a.jsonl", [{"conversations": silent}] * 30 + [{"conversations": talk("q", "r")}])
-    assert split("a.jsonl", seed=0)[1] == []
+    assert split("a.jsonl")[1] == []
     lines(here / "b.jsonl", [{"text": f"第{i}句"} for i in range(30)])
-    assert [len(part) for part in split("b.jsonl", seed=0)] == [27, 3]
+    assert [len(part) for part in split("b.jsonl")] == [27, 3]
 
 
 def test_texts_are_learnt_and_ask_nothing(here, capsys):
@@ -114,3 +121,64 @@ def test_refused_with_a_message(here, capsys, name, content, options, message):
     said = capsys.readouterr()
     assert message in said.err and said.out == "" and "Traceback" not in said.err
     assert not (here / "out").exists()
+
+
+def test_bad_rows_stop_a_run_or_are_counted(here, capsys):
+    text = [json.dumps(row) for row in rows(30)]
+    text[4], text[20] = "{", '{"question": "q"}'
+    (here / "mine.jsonl").write_text("\n".join(text))
+    assert finetune("--data", "mine.jsonl", "--out", "o", "--epochs", "1") == 2
+    assert "mine.jsonl:5: not JSON" in capsys.readouterr().err and not (here / "o").exists()
+    assert finetune("--data", "mine.jsonl", "--out", "o", "--epochs", "1", "--skip-bad") == 0
+    said = capsys.readouterr().out
+    assert "mine.jsonl: 26 conversations" in said and "held out    2" in said
+    first = (
+        "skipped     2 rows that cannot be used; the first:\n              mine.jsonl:5: not JSON"
+    )
+    assert first in said and "\n              mine.jsonl:21: no " in said
+    assert json.loads((here / "o" / "run.json").read_text())["settings"]["skip_bad"] is True
+
+
+def test_nothing_but_bad_rows(here, capsys):
+    (here / "mine.jsonl").write_text('{"a": 1}\n' * 3)
+    assert finetune("--data", "mine.jsonl", "--skip-bad") == 2
+    assert "none of 3 rows can be used; the first: mine.jsonl:1: no " in capsys.readouterr().err
+
+
+@pytest.fixture
+def cached(monkeypatch):
+    monkeypatch.setattr("minimind.data.building.CACHED_FROM", 0)
+
+
+def losses(here, out):
+    text = (here / out / "metrics.jsonl").read_text()
+    return [json.loads(line).get("loss") for line in text.splitlines()]
+
+
+def test_the_caches_place_is_told_and_all_ways_train_the_same(here, cached, capsys):
+    def told(*options):
+        assert finetune("--out", f"o{len(list(here.iterdir()))}", *options) == 0
+        return capsys.readouterr().out.splitlines()[0]
+
+    before = len(list(here.iterdir()))
+    assert told().startswith("data.jsonl: tokens kept in ")  # in the user's cache
+    assert told().startswith("data.jsonl: tokens from ")
+    assert told("--cache", "c").startswith("data.jsonl: tokens kept in c/data-")
+    assert told("--cache", "c").startswith("data.jsonl: tokens from c/data-")
+    assert told("--no-cache") == "minimind finetune"
+    runs = [losses(here, path.name) for path in here.iterdir() if path.name.startswith("o")]
+    assert len(runs) == 5 and before == 2 and all(run == runs[0] for run in runs)
+
+
+def test_a_cache_and_none_is_refused(here, capsys):
+    assert finetune("--cache", "c", "--no-cache") == 2
+    assert "--cache c and --no-cache contradict each other" in capsys.readouterr().err
+
+
+def test_resumed_out_of_the_cache(here, cached, capsys):
+    """The resume point knows the data by its tokens, wherever they lie."""
+    dataset = held_out("data.jsonl", load_tokenizer(), 512, seed=42)[0]
+    (here / "c").mkdir()
+    again = held_out("data.jsonl", load_tokenizer(), 512, seed=42, cache=Cache(here / "c"))[0]
+    assert dataset.fingerprint() == again.fingerprint()
+    assert len(list((here / "c").iterdir())) == 1

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from minimind.data.reading import DataError, read_rows, split_name
+from minimind.data import reading
+from minimind.data.reading import DataError, numbered_rows, place_of, read_rows, split_name
 
 ROWS = [{"q": "你好\u2028吗？", "n": 1}, {"q": "再见，\r\n线", "n": None}, {"q": "😀", "n": 3}]
 LINES = [json.dumps(row, ensure_ascii=False) for row in ROWS]
@@ -106,6 +107,93 @@ def test_damage_is_named_with_its_line(tmp_path, case):
     with pytest.raises(DataError, match=message) as caught:
         list(read_rows(tmp_path / name))
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("case", [case for case in DAMAGED if case.startswith("array")])
+@pytest.mark.parametrize("block", [1, 2, 7])
+def test_damaged_arrays_are_named_so_however_they_are_read(tmp_path, monkeypatch, case, block):
+    if case == "array, depth" and block < 7:
+        pytest.skip("it is read again and again")
+    monkeypatch.setattr(reading, "_BLOCK", block)
+    test_damage_is_named_with_its_line(tmp_path, case)
+
+
+ITEMS = [
+    {"q": "a\\\"b", "n": -1.5e-7}, [], 12345678901234567890, "你\u2028", {"深": [{"[": "]"}]},
+    float("-inf"), True, None, {}, "", -0.0, "😀",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("block", range(1, 40))
+def test_an_array_may_be_cut_anywhere_while_it_is_read(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(reading, "_BLOCK", block)
+    path = tmp_path / "a.json"
+    for text in (
+        json.dumps(ITEMS),
+        json.dumps(ITEMS, indent=2, ensure_ascii=False),
+        "\n\n [" + " ,\n ".join(map(json.dumps, ITEMS)) + "\n]  \n",
+    ):
+        path.write_text(text, encoding="utf-8")
+        places, items = zip(*numbered_rows(path), strict=True)
+        assert list(items) == ITEMS
+        begins = text.splitlines()
+        assert list(places) == sorted(places) and places[-1] <= len(begins)
+
+
+def test_no_more_of_an_array_is_held_than_a_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_BLOCK", 1000)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"q": "x" * 50}] * 5000, indent=1))
+    seen, most = [], 0
+    for number, _ in numbered_rows(path, read=seen.append):
+        ahead = sum(seen) - 70 * number / 3
+        most = max(most, ahead)
+    assert sum(seen) == path.stat().st_size and most < 300_000
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "good", "wrong"),
+    [
+        ("a.jsonl", '{"a": 1}\n{\n\n[\n{"a": 2}\n', [1, 5], [2, 4]),
+        ("b.json", '{"a" 1}\n{"a": 1}\nx\n{"a": 2}\n', [2, 4], [1, 3]),
+        ("c.csv", "a,b\n1\n1,2\n1,2,3\n3,4", [3, 5], [2, 4]),
+        ("d.csv", "a,,b\n1,x,2\n1,,2\n", [3], [2]),
+    ],
+)
+def test_bad_rows_are_told_of_and_passed_over(tmp_path, name, text, good, wrong):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(DataError, match=f"^{path}:{wrong[0]}: "):
+        list(numbered_rows(path))
+    bad = []
+    found = list(numbered_rows(path, lambda number, error: bad.append((number, str(error)))))
+    assert [number for number, _ in found] == good
+    assert [number for number, _ in bad] == wrong
+    assert all(message.startswith(f"{path}:{number}: ") for number, message in bad)
+
+
+@pytest.mark.parametrize("name", ["array.json", "a.json", "a.csv"])
+def test_what_cannot_be_read_past_stops_all_the_same(tmp_path, name):
+    (tmp_path / name).write_bytes(b"[{},\n}" if name == "array.json" else b'{"a": "\xff"}\n')
+    with pytest.raises(DataError):
+        list(numbered_rows(tmp_path / name, lambda number, error: None))
+
+
+def test_places_are_lines_but_of_parquet():
+    assert place_of("a/b.jsonl", 7) == "a/b.jsonl:7" and place_of("a.csv.gz", 7) == "a.csv.gz:7"
+    assert place_of("a.Parquet", 7) == "a.Parquet, row 7"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_has_been_read_is_counted_in_the_files_own_bytes(tmp_path, packed):
+    path = tmp_path / ("a.jsonl" + ".gz" * packed)
+    text = "".join(f'{{"a": {i}}}\n' for i in range(100_000)).encode()
+    path.write_bytes(gzip.compress(text) if packed else text)
+    read = []
+    rows = numbered_rows(path, read=read.append)
+    next(rows)
+    assert 0 < sum(read) < path.stat().st_size
+    assert len(list(rows)) == 99_999 and sum(read) == path.stat().st_size
 
 
 GOOD = '{"q": "你好"}\n'.encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 
@@ -195,10 +196,13 @@ def test_a_text_stands_between_begin_and_end():
 def test_samples_come_back_in_order_with_their_tokens():
     tokenizer = load_tokenizer()
     texts = [f"第{i}句" for i in range(1030)]
-    coming = (text_sample(text, "here") for text in texts)
-    for text, (sample, ids, mask) in zip(texts, Renderer(tokenizer).encode(coming), strict=True):
-        assert sample[0]["content"] == text and tokenizer.decode(ids) == f"<s>{text}</s>"
-        assert mask == [1] * len(ids)
+    encoded = Renderer(tokenizer).encode([text_sample(text, "here") for text in texts])
+    assert encoded.counts == [3] * len(texts) and encoded.learnt == [True] * 3 * len(texts)
+    ids = iter(encoded.ids)
+    for text, begin in zip(texts, range(0, len(encoded.lengths), 3), strict=True):
+        count = sum(encoded.lengths[begin : begin + 3])
+        assert tokenizer.decode(list(itertools.islice(ids, count))) == f"<s>{text}</s>"
+    assert next(ids, None) is None
 
 
 def test_no_warning_of_a_length_that_is_cut():
@@ -207,10 +211,10 @@ def test_no_warning_of_a_length_that_is_cut():
     handler.emit = lambda record: warned.append(record.getMessage())
     logging.getLogger("transformers").addHandler(handler)
     try:
-        ((_, ids, _),) = Renderer(load_tokenizer()).encode([text_sample("春 " * 9000, "here")])
+        encoded = Renderer(load_tokenizer()).encode([text_sample("春 " * 9000, "here")])
     finally:
         logging.getLogger("transformers").removeHandler(handler)
-    assert len(ids) > 8192 and warned == []
+    assert len(encoded.ids) > 8192 and warned == []
 
 
 @pytest.mark.parametrize("tools", [None, TOOLS])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import pickle
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from minimind.data.forms import read_conversations
 from minimind.data.reading import DataError, find_data
 from minimind.data.sft import LengthGroupedBatches, SFTDataset
+from minimind.data.store import MappedStore, MemoryStore
 from minimind.data.tokenizer import load_tokenizer
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -271,6 +273,55 @@ def test_texts_are_learnt_whole_between_their_ends(tmp_path, tokenizer):
     assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     assert ids[1:-1] == tokenizer("Rain.", add_special_tokens=False)["input_ids"]
     assert len(SFTDataset(path, tokenizer, max_length=3)[0][0]) == 3
+
+
+def test_a_hash_is_of_each_samples_ids_and_mask_in_order(tokenizer):
+    # Resume points hold it: it must stay what it was.
+    dataset = SFTDataset([chat("q", words(n)) for n in (3, 20, 1)], tokenizer)
+    digest = hashlib.sha256()
+    for ids, mask in dataset.samples:
+        digest.update(ids.numpy().tobytes() + mask.numpy().tobytes())
+    assert dataset.fingerprint() == digest.hexdigest()
+
+
+def test_a_large_file_lies_outside_of_memory_and_is_the_same(tmp_path, tokenizer, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    rows = [{"conversations": chat("q", words(n))} for n in (3, 20, 1, 9)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    small = SFTDataset(path, tokenizer, 40)
+    monkeypatch.setattr("minimind.data.building.CACHED_FROM", 0)
+    for large in (SFTDataset(path, tokenizer, 40), SFTDataset(path, tokenizer, 40, cache=tmp_path)):
+        assert isinstance(large.store, MappedStore) and isinstance(small.store, MemoryStore)
+        assert large.fingerprint() == small.fingerprint() and large.lengths == small.lengths
+        assert large.conversations == small.conversations == [row["conversations"] for row in rows]
+        assert (large.cut, large.dropped, large.form) == (small.cut, small.dropped, small.form)
+        again = pickle.loads(pickle.dumps(large))
+        for one, other, third in zip(large, small, again, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(one, third, strict=True))
+    assert len(list(tmp_path.glob("a-*"))) == 1
+
+
+def test_bad_rows_of_a_file_are_counted(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "q", "response": "r"}\n{"prompt": "q"}\n')
+    dataset = SFTDataset(path, tokenizer, skip_bad=True)
+    assert len(dataset) == 1 and dataset.skipped.count == 1
+    assert dataset.skipped.first[0][1].startswith(f"{path}:2: ")
+
+
+def test_workers_that_load_read_the_same(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("minimind.data.building.CACHED_FROM", 0)
+    path = tmp_path / "a.jsonl"
+    rows = [{"conversations": chat("q", words(n))} for n in range(1, 12)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    dataset = SFTDataset(path, tokenizer)
+    alone = list(DataLoader(dataset, batch_size=4))
+    assert dataset.store.directory.is_dir()
+    with_others = list(DataLoader(dataset, batch_size=4, num_workers=2))
+    assert dataset.store.directory.is_dir()  # whoever ends does not take it away
+    for one, other in zip(alone, with_others, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_a_dataset_survives_pickling(tokenizer):

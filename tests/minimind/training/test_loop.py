@@ -31,7 +31,10 @@ def dataset():
     answers = [{"role": "assistant", "content": " ".join(["tea"] * n)} for n in counts]
     questions = [{"role": "user", "content": "q" * i} for i in range(len(counts))]
     made = SFTDataset(list(zip(questions, answers, strict=True)), load_tokenizer())
-    made.samples[3][1][0] = 1  # nothing predicts the first token, so it must not count
+    # The top bit is the mask.
+    made.store.tokens[made.store.offsets[3]] |= (
+        1 << 15
+    )  # nothing predicts the first token, so it must not count
     return made
 
 
