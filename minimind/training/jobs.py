@@ -16,33 +16,31 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from lora_kernels import __version__, explain, lora_layers, lora_state_dict, save_lora
+from lora_kernels import __version__, lora_state_dict, save_lora
 from lora_kernels.adapters import write_atomically
 
 from ..data.sft import SFTDataset
-from ..data.tokenizer import TOKENIZER_DIRECTORY, save_tokenizer
-from ..data.turns import TEXT, Sample
+from ..data.tokenizer import save_tokenizer
+from ..data.turns import Sample
 from ..files import release, staged
 from ..model.checkpoint import ADAPTER_NAME, save_model
 from ..model.generate import answer
 from ..model.transformer import MiniMindLM
+from .describing import closing, describe
 from .directory import RESUME, RUN
 from .loop import Progress, TrainingError, evaluate
 from .prepare import Job
 from .report import (
     ANSWERS,
-    METRICS,
     PLOT,
     Report,
     Side,
-    command_line,
     compare,
     plot_loss,
     program,
     say,
     warn,
     write_rows,
-    written,
 )
 from .stopping import Stop, Stopped, stoppable
 
@@ -196,94 +194,6 @@ def _outcome(job: Job, what: str) -> Iterator[None]:
         if isinstance(error, TrainingError) or not job.processes.several:
             raise
         raise TrainingError(str(error)) from None  # what another process says
-
-
-def describe(job: Job) -> str:
-    """What is about to happen, as text."""
-    cpu = f" ({torch.get_num_threads()} threads)"
-    gpu = f" ({torch.cuda.get_device_name(job.device)})" if job.device.type == "cuda" else ""
-    weights = next(job.model.parameters()).dtype
-    config, settings, train = job.model.config, job.settings, job.train
-    name = str(job.dtype).removeprefix("torch.")
-    total = sum(p.numel() for p in job.model.parameters())
-    trained = sum(p.numel() for p in job.trainer.parameters)
-    left = f", {train.cut} cut at {train.max_length} tokens" if train.cut else ""
-    left += f", {train.dropped} left out (nothing to learn in them)" if train.dropped else ""
-    lines = [
-        f"minimind {job.command}",
-        f"  device      {job.device}{gpu or cpu}",
-        f"  dtype       {name}"
-        + ("" if job.dtype == weights else f" products, {str(weights)[6:]} weights"),
-        f"  base        {settings.base or ('shipped' if job.lora else 'random')} "
-        f"({'' if config.era == '2025-02' else config.era + ', '}"
-        f"dim {config.dim}, {config.n_layers} layers{', MoE' if config.use_moe else ''})",
-        f"  data        {settings.data}: {len(train):,} {_of_form(train.form)}, "
-        f"{train.tokens:,} tokens{left}",
-        *_skipped(train),
-        f"  held out    {len(job.heldout) if job.heldout else 'nothing (fewer than 20 samples)'}",
-        f"  steps       {job.trainer.total_steps:,} ({settings.epochs} epochs)",
-    ]
-    if settings.base not in (None, "random") and job.tokenizer.name_or_path == str(
-        TOKENIZER_DIRECTORY
-    ):
-        lines.insert(4, "  tokenizer   shipped: none beside the base (--tokenizer names another)")
-    if job.lora:
-        first: Any = job.model.get_submodule(job.adapted[0])
-        # Of a sharded layer the parts stand in for the plain tensors that FSDP gathers for a call.
-        tensors = (first.weight, first.weight, first.lora.A.weight, first.lora.B.weight)
-        path = explain([t.to_local() for t in tensors] if job.processes.sharded else first)
-        lines.insert(3, f"  path        {path}")
-        if settings.lora is not None:
-            lines.insert(4, f"  adapter     {settings.lora}: {_ranks(job)}")
-        lines += [f"apply lora on module: {name}" for name in job.adapted]
-        lines.append(
-            f"parameters: {total:,} in all, {trained:,} of them LoRA ({trained / total:.2%})"
-        )
-    else:
-        lines.append(f"parameters: {total:,}, all trained")
-    if job.processes.several:
-        lines.insert(2, f"  processes   {job.processes.size} ({job.processes.strategy})")
-    return "\n".join(lines)
-
-
-def _skipped(train: SFTDataset) -> list[str]:
-    """What to say of rows that were passed over."""
-    skipped = train.skipped
-    if not skipped.count:
-        return []
-    first = [f"              {message}" for _, message in skipped.first]
-    return [f"  skipped     {skipped.count:,} rows that cannot be used; the first:", *first]
-
-
-def _of_form(form: str) -> str:
-    """What samples of a form are called, and the form where that does not say it."""
-    plain = {"conversations": "conversations", TEXT: "texts"}
-    return plain.get(form, f"conversations (read as {form})")
-
-
-def _ranks(job: Job) -> str:
-    layers = lora_layers(job.model).values()
-    ranks = ", ".join(map(str, sorted({layer.rank for layer in layers})))
-    return f"rank {ranks}, scale {', '.join(f'{s:g}' for s in sorted({x.scale for x in layers}))}"
-
-
-def closing(job: Job) -> str:
-    """Where the results are and what to do next, as text."""
-    records = written(job.out, RUN, METRICS, ANSWERS, PLOT)
-    if not job.lora:
-        return (
-            f"\nwrote {job.out}/: model.safetensors, config.json, tokenizer, {records}\n"
-            f"next:  {command_line('chat', '--base', job.out)}"
-        )
-    if job.settings.base == "random":
-        return f"\nwrote {job.out}/: {ADAPTER_NAME}, for the random weights of this run alone"
-    options = ["--base", job.settings.base] if job.settings.base else []
-    options += ["--tokenizer", job.settings.tokenizer] if job.settings.tokenizer else []
-    adapter = job.out / ADAPTER_NAME
-    return (
-        f"\nwrote {job.out}/: {ADAPTER_NAME} ({adapter.stat().st_size / 1024:.0f} KiB), {records}\n"
-        f"next:  {command_line('chat', *options, '--lora', adapter, '--compare')}"
-    )
 
 
 def heldout_questions(heldout: SFTDataset | None) -> tuple[list[Sample], list[str]]:
