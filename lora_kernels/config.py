@@ -111,6 +111,9 @@ class LoRAConfig:
             adapted linears, or ``"all"`` of the model's.
         trainable_token_indices: tokens whose rows of the input embeddings are trained (in float32
             or wider), and of a head tied to it; or ``{"embed_tokens": [1, 2]}`` for others.
+        target_parameters: names or dotted suffixes of parameters that hold the weights of all
+            experts of a layer, as transformers 5 keeps them: ``["gate_up_proj", "down_proj"]``.
+            Without ``target_modules`` these alone are adapted.
 
     Raises:
         TypeError, ValueError: an argument is of another kind or outside its range.
@@ -127,9 +130,17 @@ class LoRAConfig:
     modules_to_save: Sequence[str] | None = None
     bias: str = "none"
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    target_parameters: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         LayerConfig(self.rank, self.alpha, self.dropout, self.use_rslora)
+        if isinstance(self.target_parameters, str):
+            raise TypeError(
+                "target_parameters must be None or a list of parameter names, got "
+                f"{self.target_parameters!r}; put it into a list"
+            )
+        parameters = _names(self.target_parameters, "target_parameters") or None
+        object.__setattr__(self, "target_parameters", parameters)
         if isinstance(self.modules_to_save, str):
             raise TypeError(
                 "modules_to_save must be None or a list of module names, got "
@@ -141,6 +152,8 @@ class LoRAConfig:
             raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
         tokens = _indices(self.trainable_token_indices)
         object.__setattr__(self, "trainable_token_indices", tokens)
+        if parameters and not self.target_modules:  # PEFT writes [] for no modules
+            object.__setattr__(self, "target_modules", None)
         for argument in ("target_modules", "exclude_modules"):
             object.__setattr__(self, argument, _names(getattr(self, argument), argument))
         for argument, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):

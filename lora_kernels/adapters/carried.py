@@ -9,8 +9,7 @@ from torch import nn
 
 from ..config import LayerConfig
 from ..linear.factors import LoRA
-from ..linear.holder import ACTIVE, MERGED
-from ..linear.module import LoRALinear
+from ..linear.holder import ACTIVE, MERGED, AdapterHolder
 from .wording import listed
 
 
@@ -21,14 +20,15 @@ class Part(NamedTuple):
     config: LayerConfig
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every LoRALinear in ``model`` by its name, in module order."""
+def lora_layers(model: nn.Module) -> dict[str, AdapterHolder]:
+    """Every LoRALinear, and every LoRAParameter of experts, in ``model`` by its name, in module
+    order."""
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+        name: module for name, module in model.named_modules() if isinstance(module, AdapterHolder)
     }
 
 
-def require_lora(model: nn.Module, caller: str) -> dict[str, LoRALinear]:
+def require_lora(model: nn.Module, caller: str) -> dict[str, AdapterHolder]:
     """As `lora_layers`, or ValueError where there are none."""
     layers = lora_layers(model)
     if not layers:

@@ -63,7 +63,7 @@ class _Before:
     """A module's attributes, and what is in those that a change writes into."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module, self.kind = module, type(module)
         self.own = dict(vars(module))
         self.inside = [(self.own[key], dict(self.own[key])) for key in _WRITTEN if key in self.own]
         asides: Iterable[Aside] = self.own.get(ASIDE, {}).values()
@@ -74,6 +74,8 @@ class _Before:
             self.asides.append((aside, fields, values))
 
     def bring_back(self) -> None:
+        if type(self.module) is not self.kind:
+            self.module.__class__ = self.kind
         own = vars(self.module)
         own.clear()
         own.update(self.own)

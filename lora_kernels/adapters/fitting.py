@@ -13,6 +13,7 @@ from ..config import LayerConfig
 from ..linear.factors import DEFAULT, LoRA, factor_dtype
 from .carried import Part, adapters_in_use, parts
 from .content import Content
+from .experts import expert_parameters, trial_factors
 from .fitting_wholes import WholeFit, fit_wholes
 from .reading import SUFFIXES, AdapterMismatchError, without_wrappers
 from .sharding import is_sharded
@@ -53,14 +54,15 @@ def fit(
         AdapterMismatchError: what is missing, unexpected, mis-shaped or out of range, by name.
     """
     pairs, described = content.pairs, content.described
-    by_clean_name = {strip_wrappers(name): name for name, _ in model.named_modules()}
+    own_names = [*(name for name, _ in model.named_modules()), *expert_parameters(model)]
+    by_clean_name = {strip_wrappers(name): name for name in own_names}
     layers = without_wrappers(parts(model, adapter))
     fresh = not layers
     wanted: dict[str, LayerConfig] = {}
     dtypes: dict[str, torch.dtype] = {}
     if fresh:
         wanted = {
-            name: described.get(name, LayerConfig(rank=pair["A"].shape[0]))
+            name: described.get(name, LayerConfig(rank=pair["A"].shape[-2]))
             for name, pair in pairs.items()
             if strict or name in by_clean_name
         }
@@ -113,8 +115,17 @@ def _trial_layers(
     """What the layers would be, on the meta device, to hold the file against."""
     problems, layers = [], {}
     modules = dict(model.named_modules())
+    experts = expert_parameters(model)
     for name, layer in wanted.items():
-        module = modules.get(by_clean_name.get(name, ""))
+        full = by_clean_name.get(name, "")
+        if full in experts:
+            found = trial_factors(experts[full], full, layer, dtypes.get(name))
+            if isinstance(found, str):
+                problems.append(f"{name!r}: {found}")
+            else:
+                layers[name] = Part(found, layer)
+            continue
+        module = modules.get(full)
         if name not in by_clean_name:
             problems.append(f"the model has no module {name!r}")
         elif not isinstance(module, nn.Linear) or type(module) not in ADAPTABLE:

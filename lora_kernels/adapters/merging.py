@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import multiplies_by_itself
-from ..linear.holder import ACTIVE, MERGED
+from ..linear.holder import ACTIVE, MERGED, AdapterHolder
 from ..linear.module import LoRALinear
 from .carried import lora_layers, require_lora
 from .changing import LOCK, change_of, finish
+from .experts import put
 from .sharding import refuse_emptied
-from .surgery import parameter_owners, refuse_root, refuse_sharded_layers, replace_modules
+from .surgery import give_back_bases, parameter_owners, refuse_root, refuse_sharded_layers
 from .tokens import folded_tokens, has_tokens, refuse_unfoldable
 from .wholes import keep_wholes
 
@@ -51,32 +52,32 @@ def merge_lora(model: nn.Module) -> list[str]:
         places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
         for parent in model.modules():
             for attribute, child in parent._modules.items():
-                if isinstance(child, LoRALinear):
+                if isinstance(child, AdapterHolder):
                     places.setdefault(child, []).append((parent, attribute))
         *others, last = layers.values()
         for layer in others:
             _merge_one(layer, places[layer])
         # The last layer goes with all that is not a layer: as long as it is there, so is LoRA.
-        linears = {id(layer): layer.to_linear() for layer in unused}
         with change_of(model), folded_tokens(model):
             keep_wholes(model)
-            replace_modules(model, linears)
+            give_back_bases(model, unused)
             _merge_one(last, places[last])
         return list(layers)
 
 
-def _merge_one(layer: LoRALinear, places: list[tuple[nn.Module, str]]) -> None:
-    """Write a layer's weight and put an nn.Linear in its place, both or neither."""
-    linear, merged = layer.to_linear(), _merged_weight(layer)
+def _merge_one(layer: AdapterHolder, places: list[tuple[nn.Module, str]]) -> None:
+    """Write a layer's weight and put its base in its place, both or neither."""
+    merged = _merged_weight(layer)
+    base = layer.to_linear() if isinstance(layer, LoRALinear) else None
     before = layer.weight.detach().clone()
     try:
         _write(layer, merged)
         for parent, attribute in places:
-            parent._modules[attribute] = linear
+            put(parent, attribute, base)
     except BaseException:
         _write(layer, before)
         for parent, attribute in places:
-            parent._modules[attribute] = layer
+            put(parent, attribute, layer)
         raise
 
 
@@ -96,7 +97,7 @@ def merged_lora(model: nn.Module) -> Iterator[None]:
     """
     with change_of(model):
         named = _mergeable(model, nested=True)
-        kept: list[tuple[LoRALinear, Tensor]] = []
+        kept: list[tuple[AdapterHolder, Tensor]] = []
         try:
             for name, layer in named.items():
                 if not layer._lora_blocks:
@@ -118,10 +119,10 @@ def merged_lora(model: nn.Module) -> Iterator[None]:
 
 
 # Layers that are, or were, inside of `merged_lora`: two of them may share a weight.
-_FOLDED: weakref.WeakSet[LoRALinear] = weakref.WeakSet()
+_FOLDED: weakref.WeakSet[AdapterHolder] = weakref.WeakSet()
 
 
-def _unfold(model: nn.Module, layers: list[LoRALinear]) -> None:
+def _unfold(model: nn.Module, layers: list[AdapterHolder]) -> None:
     with change_of(model):
         for layer in layers:
             layer._lora_blocks -= 1
@@ -131,12 +132,12 @@ def _unfold(model: nn.Module, layers: list[LoRALinear]) -> None:
                 _FOLDED.discard(layer)
 
 
-def _write(layer: LoRALinear, weight: Tensor) -> None:
+def _write(layer: AdapterHolder, weight: Tensor) -> None:
     with torch.no_grad():
         layer.weight.copy_(weight)
 
 
-def _mergeable(model: nn.Module, *, nested: bool = False) -> dict[str, LoRALinear]:
+def _mergeable(model: nn.Module, *, nested: bool = False) -> dict[str, AdapterHolder]:
     """The layers with an adapter in use, if they can be merged, or with ``nested`` are merged."""
     carrying = require_lora(model, "merge")
     refuse_sharded_layers(model, carrying)
@@ -148,7 +149,7 @@ def _mergeable(model: nn.Module, *, nested: bool = False) -> dict[str, LoRALinea
     touched = {
         name: parameter
         for prefix, module in model.named_modules()
-        if isinstance(module, LoRALinear) or has_tokens(module)
+        if isinstance(module, AdapterHolder) or has_tokens(module)
         for name, parameter in module.named_parameters(prefix)
     }
     refuse_emptied(touched, "model.parameters()")
@@ -168,7 +169,7 @@ def _mergeable(model: nn.Module, *, nested: bool = False) -> dict[str, LoRALinea
     return layers
 
 
-def _refuse_unmergeable(name: str, layer: LoRALinear) -> None:
+def _refuse_unmergeable(name: str, layer: AdapterHolder) -> None:
     if multiplies_by_itself(type(layer.weight)):
         raise ValueError(
             f"cannot merge {name!r}: its weight is a {type(layer.weight).__name__}, quantised; "
@@ -188,7 +189,7 @@ def _refuse_unmergeable(name: str, layer: LoRALinear) -> None:
         raise ValueError(f"cannot merge {name!r}: the sum would hold NaN or infinity")
 
 
-def _surely_finite(layer: LoRALinear) -> bool:
+def _surely_finite(layer: AdapterHolder) -> bool:
     """Whether the largest values of the weight, A and B leave the sum no room to overflow."""
     pairs = layer.pairs().values()
     operands = [layer.weight, *(factor for a, b, _ in pairs for factor in (a, b))]
@@ -197,11 +198,11 @@ def _surely_finite(layer: LoRALinear) -> bool:
         return False
     bound, *largest = (max(map(abs, torch.stack(t.aminmax()).tolist())) for t in operands)
     for (factor, _, scale), a, b in zip(pairs, largest[::2], largest[1::2], strict=True):
-        bound += max(1.0, abs(scale)) * factor.shape[0] * a * b  # NaN if there is one anywhere
+        bound += max(1.0, abs(scale)) * factor.shape[-2] * a * b  # NaN if there is one anywhere
     return bound < 0.99 * min(torch.finfo(t.dtype).max for t in operands)
 
 
-def _merged_weight(layer: LoRALinear) -> Tensor:
+def _merged_weight(layer: AdapterHolder) -> Tensor:
     """The weight with the branch folded in: summed in the widest of the dtypes, rounded once."""
     weight = layer.weight.detach()
     return (layer.delta_weight() + weight).to(weight.dtype)

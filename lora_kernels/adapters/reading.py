@@ -187,7 +187,8 @@ def _sorted(state: Mapping[str, Any], metadata: str | None) -> tuple[dict[str, A
             whole={clean: state[key] for clean, key in rest.items() if clean in whole},
             copies={clean: state[key] for clean, key in rest.items() if clean in copies},
         )
-    weights = {f"{name}.weight" for name in adapted}
+    # A linear's weight, or the experts' own parameter.
+    weights = {name if name in rest else f"{name}.weight" for name in adapted}
     if adapted and weights <= rest.keys():
         return own, Content(base=RenamedTensors(state, rest))
     strange = {clean: state[key] for clean, key in rest.items() if clean in weights}
@@ -236,7 +237,7 @@ def _pairs(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], list
             problems.append(f"unexpected key {key!r} (keys end in .lora.A.weight, .lora.B.weight)")
         elif wrong := tensor_problems(key, tensor, DTYPES):
             problems += wrong
-        elif tensor.dim() != 2 or 0 in tensor.shape:
+        elif tensor.dim() not in (2, 3) or 0 in tensor.shape:
             problems.append(f"{key}: expected a matrix, found shape {tuple(tensor.shape)}")
         else:
             pairs.setdefault(key.removesuffix(SUFFIXES[factor]), {})[factor] = tensor

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..linear.holder import ACTIVE, DISABLED, MERGED
-from ..linear.module import LoRALinear
+from ..linear.holder import ACTIVE, DISABLED, MERGED, AdapterHolder
 from .carried import (
     known_adapters,
     lora_layers,
@@ -125,7 +124,7 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
         finish(lambda: _enable(model, layers, resting))
 
 
-def _enable(model: nn.Module, layers: list[LoRALinear], resting: list[Slot]) -> None:
+def _enable(model: nn.Module, layers: list[AdapterHolder], resting: list[Slot]) -> None:
     with change_of(model):
         wake_wholes(resting)
         for layer in layers:

@@ -85,7 +85,7 @@ def refuse_flattened(name: str, weight: Tensor) -> None:
     if is_sharded(weight) or weight.is_meta:
         return
     freed = weight.numel() > 0 and weight.untyped_storage().nbytes() == 0
-    if weight.dim() != 2 or freed:
+    if weight.dim() < 2 or freed:
         raise ValueError(
             f"the factors of {name!r} are flattened by FullyShardedDataParallel; shard with "
             "torch.distributed.fsdp.fully_shard, or, with use_orig_params=True, do this inside "

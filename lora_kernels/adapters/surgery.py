@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import LayerConfig, LoRAConfig
 from ..linear.factors import DEFAULT, check_adapter_name, factor_dtype
-from ..linear.holder import MERGED
+from ..linear.holder import MERGED, AdapterHolder
 from ..linear.module import LoRALinear
 from .bypass import refuse_bypassed
 from .carried import (
@@ -24,6 +24,7 @@ from .carried import (
     require_lora,
 )
 from .changing import LOCK, change_of
+from .experts import expert_parameters, find_parameters, insert_experts, release_experts
 from .grouping import check_group, group_linears
 from .lookalikes import way_out
 from .sharding import refuse_sharded, reshard
@@ -61,13 +62,15 @@ def apply_lora(
     modules_to_save: Sequence[str] | None = None,
     bias: str = "none",
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    target_parameters: Sequence[str] | None = None,
     verbose: bool = True,
     config: LoRAConfig | None = None,
     name: str = DEFAULT,
     lora_dtype: torch.dtype | None = None,
     group: bool | None = None,
 ) -> list[str]:
-    """Replace the targeted ``nn.Linear`` modules of ``model`` by `LoRALinear`, in place.
+    """Replace the targeted ``nn.Linear`` modules of ``model`` by `LoRALinear`, in place, and give
+    the targeted parameters of experts theirs.
 
     The weights are shared, not copied, and nothing is frozen: see `mark_only_lora_as_trainable`.
 
@@ -77,7 +80,8 @@ def apply_lora(
     Args:
         model: any module; its linears are adapted wherever they sit.
         rank, alpha, dropout, target_modules, exclude_modules, rank_pattern, alpha_pattern,
-            use_rslora, modules_to_save, bias, trainable_token_indices: see `LoRAConfig`.
+            use_rslora, modules_to_save, bias, trainable_token_indices, target_parameters: see
+            `LoRAConfig`.
         verbose: print ``apply lora on module: <name>`` for each, ``train module whole: <name>``
             for those that are trained and saved whole, and what could not be adapted and why.
         config: all of the above but ``verbose`` at once; they must then be left at their defaults.
@@ -89,11 +93,12 @@ def apply_lora(
             and of another later needs ``retain_graph`` for it.
 
     Returns:
-        The names of the adapted modules, in module order.
+        The names of the adapted modules, in module order, and then of the adapted parameters.
 
     Raises:
         TypeError: a target is not exactly an ``nn.Linear`` with a floating-point weight, the model
-            reads its weight past the module, or lora_dtype is no floating-point dtype.
+            reads its weight past the module, a parameter is no weight of experts as transformers 5
+            keeps them, or lora_dtype is no floating-point dtype.
         ValueError: a target matches nothing, the model carries an adapter of this name already, a
             weight is tied to another module or sharded, a module to save cannot be trained, or an
             argument is out of range. The model is left as it was.
@@ -110,6 +115,7 @@ def apply_lora(
         modules_to_save=modules_to_save,
         bias=bias,
         trainable_token_indices=trainable_token_indices,
+        target_parameters=target_parameters,
     )
     if config is None:
         config = given
@@ -133,7 +139,8 @@ def _apply(
     group: bool | None,
 ) -> list[str]:
     whole_modules = find_whole_modules(model, config)
-    names, left_out = find_targets(model, config, whole_modules, name)
+    parameters = find_parameters(model, config, whole_modules)
+    names, left_out = find_targets(model, config, whole_modules, name, parameters)
     wholes = _parameters_to_save(model, config.bias, names, whole_modules)
     if problems := refusals(model, wholes):
         raise ValueError(f"cannot train what modules_to_save or bias asks for: {problems[0]}")
@@ -142,6 +149,7 @@ def _apply(
     problems = [f"{n!r} is adapted or trained whole already" for n in tokens if n in taken]
     if problems := problems or token_refusals(model, tokens):
         raise ValueError(f"cannot train what trainable_token_indices asks for: {problems[0]}")
+    names += parameters
     dtypes = None if lora_dtype is None else dict.fromkeys(names, lora_dtype)
     insert_lora(model, {n: config.layer(strip_wrappers(n)) for n in names}, name, dtypes, group)
     insert_wholes(model, wholes, name)
@@ -181,7 +189,8 @@ def insert_lora(
     dtypes: Mapping[str, torch.dtype] | None = None,
     group: bool | None = None,
 ) -> None:
-    """Make each named module of ``model`` a LoRALinear with an adapter of that configuration.
+    """Make each named module of ``model`` a LoRALinear with an adapter of that configuration, and
+    give each named parameter of experts one.
 
     It is in use at once if it is the model's first. A and B are of the module's dtype in
     ``dtypes``, or else as `factor_dtype` says. ``group`` as for `apply_lora`.
@@ -194,6 +203,8 @@ def insert_lora(
     refuse_second_application(modules, adapter)
     refuse_inside_block(model, "another adapter")
     owners = parameter_owners(model)
+    of_experts = {n: layers[n] for n in expert_parameters(model) if n in layers}
+    layers = {name: layer for name, layer in layers.items() if name not in of_experts}
     for name in layers:
         module = modules[name]
         if module is model and type(module) is nn.Linear:
@@ -237,7 +248,8 @@ def insert_lora(
             )
         except TypeError as error:
             raise TypeError(f"target {name!r}: {error}") from None
-    if lora_layers(model):
+    first = not lora_layers(model)
+    if not first:
         for fresh in made.values():
             fresh.use_adapters({})
     for name, layer in layers.items():
@@ -245,6 +257,7 @@ def insert_lora(
         if isinstance(module, LoRALinear) and adapter not in module.lora_configs:
             module.add_adapter(adapter, layer, dtypes.get(name))
     replace_modules(model, made)
+    insert_experts(model, of_experts, adapter, dtypes, used=first)
     group_linears(model, group)
 
 
@@ -280,7 +293,7 @@ def _remove(model: nn.Module, name: str | None) -> list[str]:
     refuse_sharded_layers(model, layers)
     drop_wholes(model, name)
     drop_tokens(model, unused=True)
-    replace_modules(model, {id(layer): layer.to_linear() for layer in emptied})
+    give_back_bases(model, emptied)
     for layer in layers.values():
         if name is not None and layer not in emptied:
             layer.remove_adapter(name)
@@ -353,7 +366,7 @@ def lora_parameters(
     return factors + whole_parameters(model, names)
 
 
-def refuse_sharded_layers(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+def refuse_sharded_layers(model: nn.Module, layers: Mapping[str, AdapterHolder]) -> None:
     """Raise ValueError where a layer's weight is spread over processes."""
     reshard(model)
     for name, layer in layers.items():
@@ -367,6 +380,13 @@ def refuse_root(model: nn.Module) -> None:
             "model itself is a LoRALinear and cannot be replaced from inside; put it into a "
             "module first, or use merged_lora or to_linear"
         )
+
+
+def give_back_bases(model: nn.Module, layers: Sequence[AdapterHolder]) -> None:
+    """Put back what these layers were before they had adapters."""
+    linears = {id(layer): layer.to_linear() for layer in layers if isinstance(layer, LoRALinear)}
+    replace_modules(model, linears)
+    release_experts(model, layers)
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:

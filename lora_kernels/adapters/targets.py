@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..config import LoRAConfig, ends_in
+from ..experts.module import LoRAParameter
 from ..linear.factors import DEFAULT
+from ..linear.holder import AdapterHolder
 from ..linear.module import LoRALinear
 from .bypass import bypassed_linears, said_of_bypassed
+from .experts_layer import PREFIX
 from .heads import classifier_heads, is_head_name
 from .lookalikes import said_of_lookalikes
 from .wording import listed, shortened
@@ -24,8 +27,11 @@ _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 
 
 def strip_wrappers(name: str) -> str:
-    """``name`` without the parts that DDP, compile, FSDP and checkpoint wrappers add."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    """``name`` without the parts that DDP, compile, FSDP and checkpoint wrappers add.
+
+    What holds the adapters of a parameter is called as the parameter.
+    """
+    return ".".join(part.removeprefix(PREFIX) for part in name.split(".") if part not in _WRAPPERS)
 
 
 def find_whole_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
@@ -58,12 +64,15 @@ def find_whole_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of ``model`` by name, without those that LoRALinears hold."""
+    """The modules of ``model`` by name, without those that LoRALinears hold, and without what
+    holds the adapters of a parameter."""
     found: dict[str, nn.Module] = {}
     layer = None
     for name, module in model.named_modules():
         if layer is None or not name.startswith(layer):
-            layer = f"{name}." if name and isinstance(module, LoRALinear) else layer
+            layer = f"{name}." if name and isinstance(module, AdapterHolder) else layer
+            if isinstance(module, LoRAParameter):
+                continue
             found[name] = module
             if not name and isinstance(module, LoRALinear):
                 return found
@@ -75,11 +84,13 @@ def find_targets(
     config: LoRAConfig,
     left_out: Sequence[str] = (),
     adapter: str = DEFAULT,
+    parameters: Sequence[str] = (),
 ) -> tuple[list[str], list[str]]:
     """Names of the modules that ``config`` targets in ``model``, in module order, and a line for
     each kind of linears that could not be among them, if it targets no names.
 
-    Modules inside of ``left_out``, which are trained whole, are not among them.
+    Modules inside of ``left_out``, which are trained whole, are not among them. With
+    ``parameters`` that are adapted there need be none.
 
     Raises:
         ValueError, TypeError: as `apply_lora`.
@@ -87,6 +98,10 @@ def find_targets(
     modules = own_modules(model)
     linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
     target = config.target_modules
+    if target is None and parameters:
+        refuse_second_application(dict(model.named_modules()), adapter)
+        _check_patterns(config, parameters)
+        return [], []
     if target is None:
         found = [
             name
@@ -115,12 +130,12 @@ def find_targets(
                 if bare := [n for n, _ in model.named_parameters() if ends_in_name(n, suffix)]:
                     raise ValueError(
                         f"the target {suffix!r} is no module: {bare[0]!r} is a parameter by "
-                        "itself, as fused experts are; only an nn.Linear can be adapted"
+                        "itself, as fused experts are; name it in target_parameters"
                     )
                 raise ValueError(_no_match(f"the target {suffix!r}", suffix, modules))
         found = [name for name in modules if any(ends_in_name(name, suffix) for suffix in target)]
         wish = f"any of {listed(target)}"
-    refuse_second_application(modules, adapter)
+    refuse_second_application(dict(model.named_modules()), adapter)
     excluded = config.exclude_modules
     if isinstance(excluded, str):
         kept = [name for name in found if not re.fullmatch(excluded, strip_wrappers(name))]
@@ -146,19 +161,24 @@ def find_targets(
         if found:
             raise ValueError(f"exclude_modules leaves none of the {len(found)} modules targeted")
         raise ValueError(_no_match(wish, target if isinstance(target, str) else "", modules))
+    _check_patterns(config, [*kept, *parameters])
+    return kept, said
+
+
+def _check_patterns(config: LoRAConfig, adapted: Sequence[str]) -> None:
+    """Raise ValueError where a key of a pattern matches nothing that is adapted."""
     for argument in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, argument):
-            if not any(ends_in(key, strip_wrappers(name)) for name in kept):
+            if not any(ends_in(key, strip_wrappers(name)) for name in adapted):
                 raise ValueError(
-                    f"{argument} has {key!r}, which matches no adapted module: {listed(kept)}"
+                    f"{argument} has {key!r}, which matches no adapted module: {listed(adapted)}"
                 )
-    return kept, said
 
 
 def refuse_second_application(modules: Mapping[str, nn.Module], adapter: str = DEFAULT) -> None:
     """Raise ValueError where one of them has an adapter of this name already."""
     for name, module in modules.items():
-        if isinstance(module, LoRALinear) and adapter in module.lora_configs:
+        if isinstance(module, AdapterHolder) and adapter in module.lora_configs:
             what = "LoRA" if adapter == DEFAULT else f"an adapter named {adapter!r}"
             raise ValueError(
                 f"model carries {what} already (on {name!r}); call merge_lora or remove_lora "
