@@ -15,8 +15,9 @@ from ..linear.module import LoRALinear
 from .carried import lora_layers, require_lora
 from .changing import LOCK, change_of, finish
 from .experts import put
+from .replacing import give_back_bases, parameter_owners, refuse_root
 from .sharding import refuse_emptied
-from .surgery import give_back_bases, parameter_owners, refuse_root, refuse_sharded_layers
+from .surgery import refuse_sharded_layers
 from .tokens import folded_tokens, has_tokens, refuse_unfoldable
 from .wholes import keep_wholes
 

@@ -24,9 +24,10 @@ from .carried import (
     require_lora,
 )
 from .changing import LOCK, change_of
-from .experts import expert_parameters, find_parameters, insert_experts, release_experts
+from .experts import expert_parameters, find_parameters, insert_experts
 from .grouping import check_group, group_linears
 from .lookalikes import way_out
+from .replacing import give_back_bases, parameter_owners, refuse_root, replace_modules
 from .sharding import refuse_sharded, reshard
 from .targets import (
     ADAPTABLE,
@@ -371,37 +372,3 @@ def refuse_sharded_layers(model: nn.Module, layers: Mapping[str, AdapterHolder])
     reshard(model)
     for name, layer in layers.items():
         refuse_sharded(name, layer.weight, "save_lora, and load_lora into a model that is not")
-
-
-def refuse_root(model: nn.Module) -> None:
-    """Raise ValueError where the model itself is the layer, which nobody holds as a child."""
-    if isinstance(model, LoRALinear):
-        raise ValueError(
-            "model itself is a LoRALinear and cannot be replaced from inside; put it into a "
-            "module first, or use merged_lora or to_linear"
-        )
-
-
-def give_back_bases(model: nn.Module, layers: Sequence[AdapterHolder]) -> None:
-    """Put back what these layers were before they had adapters."""
-    linears = {id(layer): layer.to_linear() for layer in layers if isinstance(layer, LoRALinear)}
-    replace_modules(model, linears)
-    release_experts(model, layers)
-
-
-def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
-    """Put ``new[id(old)]`` wherever old is a child, under every name it has."""
-    for parent in list(model.modules()):
-        for attribute, child in parent._modules.items():
-            if id(child) in new:
-                parent._modules[attribute] = new[id(child)]
-
-
-def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the modules that hold each parameter, by the parameter's id."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    return owners
