@@ -105,12 +105,12 @@ def test_error_budget_of_kinds(device, backend, activation, kind, poisoned):
     budget(made, backend, 0.3, activation=activation)
 
 
-def budget(made, backend, dropout_p, **options):
+def budget(made, backend, dropout_p, dy=None, **options):
     """y and every gradient within the error budget."""
     masks = made.masks(dropout_p, backend)
     with use_backend(backend):
         y = made.ours(dropout_p=dropout_p, **options)
-        dy = torch.randn_like(y)
+        dy = torch.randn_like(y) if dy is None else dy
         ours = made.gradients(y, dy)
     dtype = y.dtype
     wide, plain = made.to(torch.float64), made.to(dtype)
@@ -118,11 +118,22 @@ def budget(made, backend, dropout_p, **options):
     y_of_plain, truth = plain.statement(**options), wide.statement(**options)
     assert_close(y, y_of_plain, truth, "y", products=2)
     of_plain, of_truth = plain.gradients(y_of_plain, dy), wide.gradients(truth, dy.double())
-    for name in made.names:
+    for name in ours:
         three = ours[name].to(dtype), of_plain[name], of_truth[name]
         assert_close(*three, f"d{name}", products=3)  # gate, dh, and its own
         assert ours[name].dtype == made.tensors[name].dtype
     return ours
+
+
+@pytest.mark.parametrize("name", ["lora_a0", "lora_b1", "lora_a2", "bias1"])
+def test_sums_of_many_pieces_are_taken_in_float32(name, monkeypatch):
+    """In bfloat16 the sum of so many like numbers would stop growing."""
+    monkeypatch.setattr(feed_forward_reference, "MOST_ROWS", 1)
+    made = FeedForward("all three", 600, 3, 5, 2, torch.bfloat16)
+    for tensor in made.inputs:
+        tensor.fill_(0.3)
+    made.train(name)
+    budget(made, "reference", 0.0, dy=torch.ones(600, 2, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

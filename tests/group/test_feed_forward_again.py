@@ -69,14 +69,21 @@ def test_several_dy_in_a_batch(dropout_p, device, backend):
         torch.testing.assert_close(batch, torch.stack(each), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_forward_mode(activation):
+def test_forward_mode(activation, dropout_p):
     made = FeedForward("all three")
     tangents = tuple(torch.randn_like(t) for t in made.inputs)
-    options = {"activation": activation}
-    _, ours = torch.func.jvp(lambda *i: made.ours(*i, **options), made.inputs, tangents)
-    _, truth = torch.func.jvp(lambda *i: made.statement(*i, **options), made.inputs, tangents)
-    torch.testing.assert_close(ours, truth)
+    options = {"activation": activation, "dropout_p": dropout_p}
+    masks = made.masks(dropout_p)
+    found = [
+        torch.func.jvp(call, made.inputs, tangents)
+        for call in (
+            lambda *inputs: made.ours(*inputs, **options),
+            lambda *inputs: made.statement(*inputs, masks=masks, **options),
+        )
+    ]
+    torch.testing.assert_close(*found)
 
 
 def test_in_a_batch():

@@ -102,7 +102,7 @@ def test_without_gradients_no_matrix_of_its_width_is_made_whole():
                 return self.call(self.made)
 
         peak = peak_bytes(Forward(whole, made), torch.device("cpu"))
-    assert peak < 4 * 8192 * 64
+    assert peak < 0.6 * 4 * 8192 * 64
 
 
 def test_pieces_are_of_nearly_equal_size(monkeypatch):
