@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,8 +32,11 @@ def check_rank(rank: Any, argument: str = "rank") -> int:
     """Return ``rank`` if it is an integer of at least 1, else raise naming ``argument``."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"{argument} must be an integer, got {rank!r}; common values are 8 and 16")
-    if rank < 1:
-        raise ValueError(f"{argument} must be at least 1, got {rank}; common values are 8 and 16")
+    if not 1 <= rank < 2**31:
+        wanted = "at least 1" if rank < 1 else "below 2³¹"
+        raise ValueError(
+            f"{argument} must be {wanted}, got {reprlib.repr(rank)}; common values are 8 and 16"
+        )
     return rank
 
 
@@ -42,9 +46,15 @@ def check_alpha(alpha: Any, argument: str = "alpha") -> float | None:
         return None
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise TypeError(f"{argument} must be a number or None, got {alpha!r}; None means scale 1")
-    if not math.isfinite(alpha):
-        raise ValueError(f"{argument} must be finite, got {alpha}; a common value is 2 * rank")
-    return float(alpha)
+    try:
+        number = float(alpha)
+    except OverflowError:  # of a whole number that no float is near
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(
+            f"{argument} must be finite, got {reprlib.repr(alpha)}; a common value is 2 * rank"
+        )
+    return number
 
 
 def check_dropout(dropout: Any, argument: str = "dropout") -> float:
@@ -53,7 +63,8 @@ def check_dropout(dropout: Any, argument: str = "dropout") -> float:
         raise TypeError(f"{argument} must be a number in [0, 1), got {dropout!r}; 0 turns it off")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(
-            f"{argument} must be in [0, 1), got {dropout}; common values: 0, 0.05, 0.1"
+            f"{argument} must be in [0, 1), got {reprlib.repr(dropout)}; common values: 0, 0.05, "
+            "0.1"
         )
     return float(dropout)
 

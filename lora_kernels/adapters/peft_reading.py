@@ -26,6 +26,7 @@ from torch import Tensor
 from ..config import BIASES, LayerConfig, check_alpha, check_dropout, check_rank
 from .content import Content
 from .files import refuse_strange_file
+from .patterns import NamePatterns
 from .targets import strip_wrappers
 from .tensor_files import LazyTensors, read_pickled
 
@@ -210,7 +211,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _resolver(config: Mapping[str, Any]) -> Callable[[str], LayerConfig]:
     """From a module's name to its rank and scale, as PEFT finds them: the first match wins."""
-    patterns: dict[str, list[tuple[re.Pattern[str], Any]]] = {}
+    patterns: dict[str, NamePatterns] = {}
+    field = "rank_pattern"
     try:
         default = LayerConfig(
             check_rank(config["r"], "r"),
@@ -222,20 +224,22 @@ def _resolver(config: Mapping[str, Any]) -> Callable[[str], LayerConfig]:
             entries = config.get(field) or {}
             if not isinstance(entries, dict) or None in entries.values():
                 raise TypeError(f"{field} must map names to numbers, got {reprlib.repr(entries)}")
-            patterns[field] = [
-                (re.compile(rf"(.*\.)?({key})$"), check(value, f"{field}[{key!r}]"))
-                for key, value in entries.items()
-            ]
+            for key, value in entries.items():
+                check(value, f"{field}[{reprlib.repr(key)}]")
+            patterns[field] = NamePatterns(entries)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{CONFIG}: {error}") from None
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{CONFIG}: {field} has a key that is no pattern: {error}") from None
+    except re.error as error:
+        raise ValueError(
+            f"{CONFIG}: {field} has a key that is no pattern of names: {error}"
+        ) from None
 
-    def first(field: str, name: str, otherwise: Any) -> Any:
-        return next((value for key, value in patterns[field] if key.match(name)), otherwise)
+    def resolve(name: str) -> LayerConfig:
+        try:
+            rank = patterns["rank_pattern"].first(name, default.rank)
+            alpha = patterns["alpha_pattern"].first(name, default.alpha)
+        except re.error as error:
+            raise ValueError(f"{CONFIG}: rank_pattern or alpha_pattern: {error}") from None
+        return replace(default, rank=rank, alpha=alpha)
 
-    return lambda name: replace(
-        default,
-        rank=first("rank_pattern", name, default.rank),
-        alpha=first("alpha_pattern", name, default.alpha),
-    )
+    return resolve

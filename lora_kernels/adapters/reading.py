@@ -22,7 +22,7 @@ from ..linear.module import DTYPES
 from .content import Content, RenamedTensors
 from .peft_reading import CONFIG, TENSORS, holds_peft_files, read_directory
 from .targets import strip_wrappers
-from .tensor_files import LazyTensors, read_checkpoint, read_pickled
+from .tensor_files import LazyTensors, read_checkpoint, read_pickled, strange_tensor
 from .wording import listed, shortened
 
 SUFFIXES = {"A": ".lora.A.weight", "B": ".lora.B.weight"}
@@ -63,6 +63,11 @@ def read_content(path: Path, adapter: str = DEFAULT) -> Content:
     """
     state, content = _read(path, adapter)
     pairs, problems = _pairs(state)
+    for name, pair in pairs.items():
+        rank = content.described[name].rank if name in content.described else None
+        found = {pair[f].shape[d] for f, d in (("A", 0), ("B", 1)) if f in pair}
+        if rank is not None and found - {rank}:
+            problems.append(f"{name}: its metadata say rank {rank}, its factors have {max(found)}")
     for name, tensor in {**content.whole, **content.copies}.items():
         problems += tensor_problems(name, tensor, (*DTYPES, *_OF_BUFFERS))
     if problems or not pairs:
@@ -255,6 +260,6 @@ def tensor_problems(key: str, tensor: Any, dtypes: Sequence[torch.dtype]) -> lis
     if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
         came = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         return [f"{key}: expected a floating-point tensor, found {came}"]
-    if tensor.layout != torch.strided:
-        return [f"{key}: expected a dense tensor, found {tensor.layout}"]
+    if strange := strange_tensor(tensor):
+        return [f"{key}: {strange}"]
     return [] if torch.isfinite(tensor).all() else [f"{key}: holds NaN or infinity"]

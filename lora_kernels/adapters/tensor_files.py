@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import safetensors
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .files import refuse_strange_file
 
@@ -27,7 +28,8 @@ def read_pickled(path: Path) -> dict[str, Any]:
     """
     try:
         content = _unpickled(path)
-    except Exception as error:  # damaged files raise anything at all in torch.load
+    except BaseException as error:  # damaged files raise anything at all in torch.load
+        _refuse_to_explain(error, path)
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
             raise ValueError(
                 f"{path.name} is not a plain dictionary of tensors: it holds pickled objects, "
@@ -39,7 +41,64 @@ def read_pickled(path: Path) -> dict[str, Any]:
         raise _unreadable(path, said) from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path.name} holds a {type(content).__name__}, not a dictionary")
-    return {str(key): value for key, value in content.items()}
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{path.name} has a {type(key).__name__} for a name, expected text")
+        # Those of other classes are refused where they are read, and passed over in a base.
+        if type(value) in _PLAIN and (strange := strange_tensor(value)):
+            raise ValueError(f"{key}: {strange}")
+    refuse_overlapping(content, path)
+    return dict(content)
+
+
+def strange_tensor(tensor: Tensor) -> str:
+    """Why a tensor out of a file is not a plain one, whose values lie there; empty where it is.
+
+    It is asked before any value is read: an expanded view of few bytes can have any size.
+    """
+    if type(tensor) not in _PLAIN:
+        return f"expected a plain tensor, found a {type(tensor).__name__}"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested one" if tensor.is_nested else str(tensor.layout)
+        return f"expected a dense tensor, found {kind}"
+    if tensor.is_meta:
+        return "expected a tensor with values, found one on the meta device"
+    if tensor.is_quantized:
+        return f"expected a floating-point tensor, found {tensor.dtype}"
+    there, needed = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
+    if needed > there:
+        return f"expected {needed} bytes for its shape, found an expanded view of {there}"
+    return ""
+
+
+def refuse_overlapping(tensors: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError where views of the same bytes come to many times what the file holds."""
+    views = [t for t in tensors.values() if isinstance(t, Tensor)]
+    total = sum(view.numel() * view.element_size() for view in views)
+    if total > _MOST_SHARED * max(path.stat().st_size, 2**16):
+        raise ValueError(
+            f"{path.name} holds {len(views)} tensors of {total} bytes together in a file of "
+            f"{path.stat().st_size}; save a copy of each"
+        )
+
+
+_PLAIN = (Tensor, nn.Parameter)
+# A tensor under two or three names is usual, a file of views of one another is not.
+_MOST_SHARED = 8
+_NO_MEMORY = re.compile(r"[Cc](?:annot|an't) allocate memory|not enough memory|out of memory")
+
+
+def _refuse_to_explain(error: BaseException, path: Path) -> None:
+    """Pass on what says nothing about the file: memory that has run out, and what stops us."""
+    said = str(error)
+    wanted = re.search(r"allocate (\d+) bytes", said)
+    if wanted and int(wanted[1]) > _MOST_SHARED * path.stat().st_size:
+        return  # more than the file can hold
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(said):
+        raise MemoryError(f"no memory to read {path}: {_first_line(error)}") from error
+    # Panics of safetensors are BaseExceptions.
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
 
 
 def _unpickled(path: Path) -> Any:
@@ -62,7 +121,8 @@ class LazyTensors(Mapping[str, Tensor]):
             self._file = safetensors.safe_open(str(path), framework="pt", device="cpu")
             self._names = dict.fromkeys(self._file.keys())
             self.metadata: dict[str, str] = self._file.metadata() or {}
-        except Exception as error:  # of the library's own making, and its readers' kinds
+        except BaseException as error:  # of the library's own making, and its readers' kinds
+            _refuse_to_explain(error, path)
             raise _unreadable(path, f" ({_first_line(error)})") from None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -70,7 +130,8 @@ class LazyTensors(Mapping[str, Tensor]):
             raise KeyError(name)
         try:
             return self._file.get_tensor(name)
-        except Exception as error:  # of a dtype that this torch has not, say
+        except BaseException as error:  # of a dtype that this torch has not, say
+            _refuse_to_explain(error, self._path)
             raise _unreadable(self._path, f" ({name}: {_first_line(error)})") from None
 
     def __iter__(self) -> Iterator[str]:
@@ -121,6 +182,6 @@ def _unreadable(path: Path, said: str) -> ValueError:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     line = (str(error) or repr(error)).splitlines()[0]
     return line if len(line) < 200 else f"{line[:200]} …"
