@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .kernels import KERNELS
+from .kernels import GROUP_KERNELS, KERNELS
 from .proof.commands import TARGETS, run_adopt, run_check, run_pack, run_resources
 
-LAYERS = "layers"
+LAYERS, GROUPS = "layers", "groups"
 _CHECK = """\
 Compare every kernel and block configuration that the table has for this machine's GPU with a
-float64 truth, then whole layers, forward and every gradient, by each strategy.
+float64 truth, then whole layers and groups of layers that share x, forward and every gradient, by
+each strategy.
 
 Each output's largest error is printed beside that of plain torch in the same dtype. It may be at
 most 2 times as large, plus one rounding of the largest value. Each call runs twice and has to give
@@ -45,10 +46,11 @@ the tensor-core instructions that it multiplies with (mma up to Ada, wgmma on Ho
 Blackwell; none for float32 in full precision). Sizes are taken to be multiples of 16."""
 
 _RESOURCES_NEXT = """\
-A matrix product (gemm, hopper, expand, one_kernel) fails if it spills at all; the passes that wait
-for memory may spill up to 64 bytes a thread, which is a warning. Anything fails that does not
-compile or needs more shared memory than a block may have, and so does a hopper product without
-wgmma. What is compiled is kept in Triton's cache (~/.triton), so that a second run is quick.
+A matrix product (gemm, hopper, expand, one_kernel, and of groups all but group_dxa_db) fails if it
+spills at all; the passes that wait for memory may spill up to 64 bytes a thread, which is a
+warning. Anything fails that does not compile or needs more shared memory than a block may have, and
+so does a hopper product without wgmma. What is compiled is kept in Triton's cache (~/.triton), so
+that a second run is quick.
 
 exit status: 0 if everything is fine, 1 if something failed, 2 for a mistake on the command line.
 
@@ -58,8 +60,8 @@ examples:
 
 _PACK = """\
 Compile what `check` runs on a GPU, and the layers of Llama-3-8B and MiniMind by every strategy in
-bfloat16 at rank 16, without that GPU, and pack the machine code into one file. There `adopt` puts
-it where Triton looks before it compiles.
+bfloat16 at rank 16, Llama's q, k, v and gate, up as groups too, without that GPU, and pack the
+machine code into one file. There `adopt` puts it where Triton looks before it compiles.
 
 The number of multiprocessors is taken to be that of the largest GPU of its kind; on another one,
 some kernels compile as ever."""
@@ -126,12 +128,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="append each result to this file when its case ends, as a line of JSON",
     )
-    _add_common(check, (*KERNELS, LAYERS))
+    _add_common(check, (*KERNELS, *GROUP_KERNELS, LAYERS, GROUPS))
 
     text = "compile every kernel for a GPU, without it"
     resources = add("resources", text, (_RESOURCES, _RESOURCES_NEXT), run_resources)
     _add_target(resources)
-    _add_common(resources, KERNELS)
+    _add_common(resources, (*KERNELS, *GROUP_KERNELS))
 
     text = "compile for a GPU, without it, into a file that travels"
     pack = add("pack", text, (_PACK, _PACK_NEXT), run_pack)

@@ -19,6 +19,15 @@ import torch
 from ..per_thread import PerThread
 
 KERNELS = ("xa", "one_kernel", "gemm", "hopper", "expand", "dxa_db", "da")
+GROUP_KERNELS = (
+    "group_one_kernel",
+    "group_y",
+    "group_y_hopper",
+    "group_expand",
+    "group_dxa_db",
+    "group_dx",
+    "group_dx_hopper",
+)
 STRATEGIES = {
     "forward": ("one_kernel", "fused", "hopper", "beta1", "aten"),
     "dx": ("fused", "hopper", "beta1", "aten"),

@@ -20,6 +20,7 @@ from ..kernels.dropout import keep_mask, pack_bits, unpack_bits
 from ..kernels.thin import compute_da
 from ..kernels.tuning import Config, Shape
 from ..linear import backward, dxa_db, forward, reference, xa
+from ..linear.backward import SKINNY_RANK
 
 Tensors = dict[str, Tensor]
 
@@ -32,7 +33,10 @@ PRODUCTS: dict[str, Callable[..., Tensor]] = {
     "expand": gemm.expand,
 }
 # The table serves these kernels up to a rank; beyond it another strategy takes over.
-MOST_RANK = {"one_kernel": tuning.ONE_KERNEL_RANK, "dxa_db": 128}
+MOST_RANK = {
+    **dict.fromkeys(("one_kernel", "group_one_kernel"), tuning.ONE_KERNEL_RANK),
+    **dict.fromkeys(("dxa_db", "group_dxa_db"), SKINNY_RANK),
+}
 NARROW = (torch.bfloat16, torch.float16)
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -66,6 +70,12 @@ def ranks_of(kernel: str, capability: tuple[int, int]) -> list[int]:
     """Ranks that between them take every row and every tile of the rank that the kernel has."""
     rows = [row for row in tuning.rows_for(capability) if row.kernel == kernel]
     return sorted({16, 32, 64} | {row.r for row in rows if row.r})
+
+
+def described(c: Config) -> str:
+    """Such as ``128x256x64 w8 s3``."""
+    sizes = "x".join(str(size) for size in (c.block_m, c.block_n, c.block_k) if size)
+    return f"{sizes} w{c.warps} s{c.stages}" + (f" x{c.per_sm}" if c.per_sm > 1 else "")
 
 
 @contextmanager
@@ -117,9 +127,7 @@ class Case:
     @property
     def block(self) -> str:
         """The configuration in short: block sizes that the kernel has, warps, stages, per_sm."""
-        c = self.config
-        sizes = "x".join(str(size) for size in (c.block_m, c.block_n, c.block_k) if size)
-        return f"{sizes} w{c.warps} s{c.stages}" + (f" x{c.per_sm}" if c.per_sm > 1 else "")
+        return described(self.config)
 
     @property
     def dtype_name(self) -> str:
@@ -137,7 +145,7 @@ class Case:
         """What the launcher and the statement read, drawn with a fixed seed unless on meta."""
         (m, n, k, r), dtype = self.shape, self.dtype
         factor = torch.float32 if self.wide else dtype
-        draw = _Draw(device)
+        draw = Draw(device)
         made: Tensors = {}
         if self.kernel in PRODUCTS:
             q = draw(k, n, dtype=dtype, over=k) if self.dx else draw(n, k, dtype=dtype, over=k).t()
@@ -165,7 +173,7 @@ class Case:
         """Call the launcher; masks as of `state`, an element each."""
         if "keep" in t:
             t = {**t, "bits": pack_bits(t["keep"])}
-        return _without_bits(self.launch(t), self.shape.k)
+        return without_bits(self.launch(t), self.shape.k)
 
     def launch(self, t: Tensors) -> Tensors:
         """Call the launcher and nothing else; masks packed, as ``bits`` in ``t``."""
@@ -205,13 +213,13 @@ class Case:
             if keep is None:
                 out.addmm_(u, v, alpha=self.scale)
             else:
-                out.add_(_dropped((u @ v).mul_(self.scale), keep, p))
+                out.add_(drop((u @ v).mul_(self.scale), keep, p))
             return {"dx" if self.dx else "y": out}
         if self.kernel in ("xa", "one_kernel"):
             x, a = t["x"], t["a"]
             masked = {} if keep is None else {"keep": keep}
             if self.kernel == "xa":
-                dropped = x if keep is None else _dropped(x, keep, p)
+                dropped = x if keep is None else drop(x, keep, p)
                 return {"xa": dropped @ a.to(x.dtype).t(), **masked}
             y, xa = reference.forward(x, t["weight"], a, t["b"], bias, self.scale, keep, p)
             return {"y": y, "xa": xa, **masked}
@@ -222,7 +230,7 @@ class Case:
             dxa = (t["dy"] @ t["b"].to(t["dy"].dtype)).mul_(self.scale)
             found = {"dxa": dxa, "db": grads.db, "dbias": grads.dbias}
             return {name: grad for name, grad in found.items() if grad is not None}
-        dropped = t["x"] if keep is None else _dropped(t["x"], keep, p)
+        dropped = t["x"] if keep is None else drop(t["x"], keep, p)
         return {"da": (t["xa"].t() @ dropped).to(t["a"].dtype)}
 
 
@@ -268,7 +276,7 @@ class LayerCase:
 
     def operands(self, device: torch.device) -> Tensors:
         """As `Case.operands`."""
-        (m, n, k, r), dtype, draw = self.shape, self.dtype, _Draw(device)
+        (m, n, k, r), dtype, draw = self.shape, self.dtype, Draw(device)
         factor = torch.float32 if self.wide else dtype
         made = {
             "x": draw(m, k, dtype=dtype),
@@ -295,7 +303,7 @@ class LayerCase:
             grads = backward.backward(
                 t["dy"], *operands, xa, self.scale, bits, p, needs, self.capability
             )
-        return _without_bits(
+        return without_bits(
             _named(y, xa, grads) | ({} if bits is None else {"keep": bits}), self.shape.k
         )
 
@@ -311,7 +319,7 @@ class LayerCase:
         return reference.Needs(True, True, True, True, self.bias)
 
 
-class _Draw:
+class Draw:
     """Normal numbers of unit size, or of one over the root of ``over``, on one device."""
 
     def __init__(self, device: torch.device):
@@ -337,12 +345,13 @@ def _named(y: Tensor, xa: Tensor, grads: reference.Grads) -> Tensors:
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def _without_bits(out: Tensors, cols: int) -> Tensors:
+def without_bits(out: Tensors, cols: int) -> Tensors:
     """The same with the keep bits unpacked."""
     if "keep" in out:
         out["keep"] = unpack_bits(out["keep"], cols)
     return out
 
 
-def _dropped(x: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
+def drop(x: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
+    """``x`` as dropout with this mask leaves it."""
     return torch.where(keep, x * (1.0 / (1.0 - dropout_p)), 0.0)

@@ -33,8 +33,11 @@ from .cases import (
     served,
 )
 from .closeness import TF32_ROUNDING, distance
+from .group_cases import GroupCase, GroupLayerCase
+from .group_probes import group_kernel_cases, group_layer_cases
 from .workers import Lost, processors, progress, spread
 
+AnyCase = Case | LayerCase | GroupCase | GroupLayerCase
 # The interpreter stands in for the GPU with the most kernels, as it does for the operators.
 INTERPRETED_CAPABILITY = (9, 0)
 
@@ -184,7 +187,7 @@ class _Poisoned(TorchFunctionMode):
         return out
 
 
-def run_case(case: Case | LayerCase) -> list[Output]:
+def run_case(case: AnyCase) -> list[Output]:
     """Run a case twice and judge its outputs; in the interpreter, which repeats itself, once.
 
     Raises:
@@ -253,7 +256,7 @@ def _failed(problem: str, name: str = "") -> Output:
 class Result(NamedTuple):
     """What one case came to."""
 
-    case: Case | LayerCase
+    case: AnyCase
     outputs: list[Output]
 
     @property
@@ -279,36 +282,44 @@ def _strain(output: Output) -> float:
     return share
 
 
-def plan(
-    *, quick: bool = False, only: Sequence[str] = ()
-) -> tuple[list[Case | LayerCase], list[str]]:
+def plan(*, quick: bool = False, only: Sequence[str] = ()) -> tuple[list[AnyCase], list[str]]:
     """The cases for the machine at hand, and what is left out of them with the reason.
 
     Args:
         quick: fewer cases, and none in float16.
-        only: names of kernels, or ``"layers"`` for the strategies end to end; empty for all.
+        only: names of kernels, ``"layers"`` for the strategies end to end, or ``"groups"`` for
+            those of groups; empty for all.
     """
     interpreted = knobs.runtime.interpret
     capability = INTERPRETED_CAPABILITY if interpreted else torch.cuda.get_device_capability()
     sizes = INTERPRETED if interpreted else ON_GPU
     options = {"quick": quick, "tf32": not interpreted}
-    cases: list[Case | LayerCase] = []
+    cases: list[AnyCase] = []
     left_out = []
-    for kernel_case in kernel_cases(capability, sizes, **options):
+    kernels: tuple[Case | GroupCase, ...] = (
+        *kernel_cases(capability, sizes, **options),
+        *group_kernel_cases(capability, sizes, **options),
+    )
+    for kernel_case in kernels:
         if not only or kernel_case.kernel in only:
             cases.append(kernel_case)
-    for layer_case in layer_cases(capability, sizes, **options):
-        if only and "layers" not in only:
+    layers: dict[str, Sequence[LayerCase | GroupLayerCase]] = {
+        "layers": layer_cases(capability, sizes, **options),
+        "groups": group_layer_cases(capability, sizes, **options),
+    }
+    for name, of_name in layers.items():
+        if only and name not in only:
             continue
-        if layer_case.refusal:
-            left_out.append(layer_case.refusal)
-        else:
-            cases.append(layer_case)
+        for layer_case in of_name:
+            if layer_case.refusal:
+                left_out.append(layer_case.refusal)
+            else:
+                cases.append(layer_case)
     return cases, list(dict.fromkeys(left_out))
 
 
 def check(
-    cases: Sequence[Case | LayerCase], *, jobs: int | None = None, deadline: float | None = None
+    cases: Sequence[AnyCase], *, jobs: int | None = None, deadline: float | None = None
 ) -> Iterator[tuple[int, Result]]:
     """Run cases in worker processes, which take TRITON_INTERPRET from this one's environment.
 

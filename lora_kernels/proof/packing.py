@@ -31,8 +31,9 @@ from triton.runtime.jit import JITFunction
 from ..adapters.files import write_atomically
 from ..kernels.launching import Launch
 from ..kernels.tuning import Shape
-from .cases import EXACT_SCALE, Case, LayerCase, products_in
-from .check import ON_GPU, kernel_cases, layer_cases
+from .cases import EXACT_SCALE, LayerCase, products_in
+from .check import ON_GPU, AnyCase, kernel_cases, layer_cases
+from .group_probes import group_pack_cases
 from .packs import LOCAL, Packed, read, write
 from .resources import launches_of
 from .workers import Lost, processors, progress, spread
@@ -69,10 +70,10 @@ class Adopted(NamedTuple):
     differs: list[str]
 
 
-def pack_cases(capability: tuple[int, int]) -> list[Case | LayerCase]:
-    """What ``check`` runs on such a GPU, and the layers whose speed is looked at first."""
+def pack_cases(capability: tuple[int, int]) -> list[AnyCase]:
+    """What ``check`` runs on such a GPU, and the layers and groups that are looked at first."""
     options: dict[str, Any] = {"quick": False, "tf32": True}
-    cases: list[Case | LayerCase] = [*kernel_cases(capability, ON_GPU, **options)]
+    cases: list[AnyCase] = [*kernel_cases(capability, ON_GPU, **options)]
     layers = layer_cases(capability, ON_GPU, **options)
     pairs = dict.fromkeys((case.forward, case.dx) for case in layers)
     for (n, k), m, (forward, dx), p in product(LAYERS, TOKENS, pairs, (0.0, 0.1)):
@@ -80,7 +81,8 @@ def pack_cases(capability: tuple[int, int]) -> list[Case | LayerCase]:
         # Factors in float32, as layers have them; a scale that alpha over rank mostly is.
         options = {"dropout_p": p, "wide": True, "scale": EXACT_SCALE}
         layers.append(LayerCase(forward, dx, capability, torch.bfloat16, shape, **options))
-    return cases + [layer for layer in layers if not layer.refusal]
+    cases += [layer for layer in layers if not layer.refusal]
+    return cases + group_pack_cases(capability, ON_GPU)
 
 
 def pack(

@@ -27,6 +27,8 @@ from ..kernels import tuning
 from ..kernels.launching import Launch, recording
 from ..kernels.tuning import Config, Shape
 from .cases import EXACT_SCALE, NARROW, PRODUCTS, Case, Tensors, products_in, ranks_of, served
+from .group_cases import MANY, ONE, GroupCase
+from .group_probes import HOPPER, group_sweep_cases
 from .workers import Lost, processors, progress, spread
 
 _TYPES = {
@@ -54,7 +56,7 @@ class Resources(NamedTuple):
     tensor_cores: dict[str, int]
 
 
-def launches_of(case: Case, operands: Tensors, sms: int) -> list[Launch]:
+def launches_of(case: Case | GroupCase, operands: Tensors, sms: int) -> list[Launch]:
     """What a case launches on ``operands``, which may be on ``meta``, recorded and not run."""
     with recording(sms) as launches:
         case.run(operands)
@@ -147,7 +149,7 @@ def _tensor_cores(ptx: str) -> dict[str, int]:
     return counts
 
 
-GEMMS = ("gemm", "hopper", "expand", "one_kernel")
+GEMMS = ("gemm", "hopper", "expand", "one_kernel", *MANY, *ONE, "group_one_kernel")
 # In a pass that waits for memory a spilled register or two costs nothing that can be measured.
 SPILL_WARNING = 64
 
@@ -241,7 +243,8 @@ def sweep(
         only: names of kernels, empty for all.
         jobs: processes; by default as many as there are processors.
     """
-    cases = [case for case in sweep_cases(capability) if not only or case.kernel in only]
+    every: list[Case | GroupCase] = [*sweep_cases(capability), *group_sweep_cases(capability)]
+    cases = [case for case in every if not only or case.kernel in only]
     tasks = [(case, capability, sms) for case in cases]
     found: list[list[_Compiled]] = [[] for _ in cases]
     running = spread(compile_case, tasks, jobs or processors(), preload=[__name__])
@@ -263,7 +266,7 @@ def versions(capability: tuple[int, int]) -> dict[str, str]:
     return {"triton": triton.__version__, "ptxas": ptxas.version}
 
 
-def _entry(case: Case, one: _Compiled, capability: tuple[int, int]) -> Entry:
+def _entry(case: Case | GroupCase, one: _Compiled, capability: tuple[int, int]) -> Entry:
     of_case = one.kernel != "sum_partials"
     problem, warning = one.error, ""
     if one.resources is not None:
@@ -288,7 +291,11 @@ def judge(
         problems.append(f"spills {resources.spilled} bytes")
     elif resources.spilled:
         warning = f"spills {resources.spilled} bytes"
-    if kernel == "hopper" and capability[0] == 9 and "wgmma" not in resources.tensor_cores:
+    if (
+        kernel in ("hopper", *HOPPER)
+        and capability[0] == 9
+        and "wgmma" not in resources.tensor_cores
+    ):
         problems.append("does not use Hopper's own tensor-core instruction, wgmma")
     return "; ".join(problems), warning
 
@@ -304,7 +311,7 @@ def _per_sm(config: Config, resources: Resources, limit: int) -> int:
     return min(65536 // registers, (limit + 1024) // (resources.shared + 1024))
 
 
-def compile_case(task: tuple[Case, tuple[int, int], int]) -> list[_Compiled]:
+def compile_case(task: tuple[Case | GroupCase, tuple[int, int], int]) -> list[_Compiled]:
     """Record what a case launches on the meta device, and compile it."""
     case, capability, sms = task
     with products_in(case.tf32):

@@ -26,7 +26,7 @@ from lora_kernels.kernels import hopper, tuning
 from lora_kernels.kernels import launching as way
 from lora_kernels.kernels.tuning import Shape
 from lora_kernels.proof import check
-from lora_kernels.proof.cases import Case, LayerCase, products_in
+from lora_kernels.proof.cases import Case, products_in
 from lora_kernels.proof.commands import TARGETS
 from lora_kernels.proof.workers import Lost, processors, progress, spread
 
@@ -36,7 +36,7 @@ TIMES = 2  # the first call compiles, the second finds what the first one left
 class Task(NamedTuple):
     """One case for one GPU, on the stub at ``stub``."""
 
-    case: Case | LayerCase
+    case: check.AnyCase
     target: str
     stub: str
 
@@ -48,24 +48,28 @@ class Launched(NamedTuple):
     error: str
 
 
-def every_case(target: str) -> list[Case | LayerCase]:
+def every_case(target: str) -> list[check.AnyCase]:
     """What ``check`` runs on this GPU."""
     capability, _ = TARGETS[target]
     options: dict[str, Any] = {"quick": False, "tf32": True}
-    layers = check.layer_cases(capability, check.ON_GPU, **options)
+    layers = [
+        *check.layer_cases(capability, check.ON_GPU, **options),
+        *check.group_layer_cases(capability, check.ON_GPU, **options),
+    ]
     return [
         *check.kernel_cases(capability, check.ON_GPU, **options),
+        *check.group_kernel_cases(capability, check.ON_GPU, **options),
         *(layer for layer in layers if not layer.refusal),
     ]
 
 
-def some_cases(target: str) -> list[Case | LayerCase]:
+def some_cases(target: str) -> list[check.AnyCase]:
     """Each kernel in each use and dtype with all it can take along, and in bfloat16 plain too;
     each pair of strategies of a layer in bfloat16, with dropout and without."""
-    found: dict[Any, Case | LayerCase] = {}
+    found: dict[Any, check.AnyCase] = {}
     for case in every_case(target):
         loaded = case.dropout_p > 0 or case.bias, case.wide
-        if isinstance(case, Case):
+        if hasattr(case, "kernel"):
             key: Any = case.name, case.dtype_name, case.dtype_name == "bf16" and loaded
             if key not in found or (loaded > _loads(found[key]) and case.dtype_name != "bf16"):
                 found[key] = case
@@ -74,7 +78,7 @@ def some_cases(target: str) -> list[Case | LayerCase]:
     return list(found.values())
 
 
-def _loads(case: Case | LayerCase) -> tuple[bool, bool]:
+def _loads(case: check.AnyCase) -> tuple[bool, bool]:
     return case.dropout_p > 0 or case.bias, case.wide
 
 
@@ -114,7 +118,7 @@ def launch(task: Task) -> Launched:
     return Launched(count, problem)
 
 
-def _described(case: Case | LayerCase) -> str:
+def _described(case: check.AnyCase) -> str:
     sizes = f"m={case.shape.m} n={case.shape.n} k={case.shape.k}"
     return f"{case.name} {case.block} {case.dtype_name}, {sizes}, {case.variant}"
 

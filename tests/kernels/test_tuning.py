@@ -20,8 +20,8 @@ def choose(role, capability, dtype, shape, dropped=False, tma=True):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_gpu_finds_a_row(capability, shape, itemsize):
-    for kernel in tuning.KERNELS:
-        if kernel != "hopper":
+    for kernel in (*tuning.KERNELS, *tuning.GROUP_KERNELS):
+        if not kernel.endswith("hopper"):
             assert isinstance(tuning.lookup(kernel, capability, itemsize, shape), Config)
 
 
@@ -40,7 +40,25 @@ def test_what_the_table_chooses_it_can_serve(capability, dtype, dropped, tma):
                     with tuning.use_strategy(**{role: name}):  # raises if it cannot be served
                         assert choose(role, capability, dtype, shape, dropped, tma) == name
                     if name == "hopper":
-                        tuning.lookup("hopper", capability, 2, shape)
+                        for kernel in ("hopper", "group_y_hopper", "group_dx_hopper"):
+                            tuning.lookup(kernel, capability, 2, shape)
+
+
+def test_weights_of_differing_strides_take_cublas():
+    shape = Shape(8192, 6144, 4096, 16)
+    options = {"tma": True, "sms": 132}
+    for role in tuning.STRATEGIES:
+        for dropped in (False, True):
+            asked = role, (9, 0), torch.bfloat16, shape._replace(k=2048)
+            found = tuning.strategy(*asked, dropped=dropped, alike=True, **options)
+            assert found == "hopper"
+            found = tuning.strategy(*asked, dropped=dropped, alike=False, **options)
+            assert found == ("beta1" if dropped else "aten")
+            with (
+                tuning.use_strategy(**{role: "fused"}),
+                pytest.raises(RuntimeError, match="differ in their strides"),
+            ):
+                tuning.strategy(*asked, dropped=dropped, alike=False, **options)
 
 
 def test_calls_of_like_size_share_a_row():
