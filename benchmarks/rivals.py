@@ -96,3 +96,43 @@ class Beta1Function(torch.autograd.Function):
         dx.addmm_(dy, weight)
         db = (dy.t() @ xa).mul_(ctx.scale)
         return dx, None, dxa.t() @ dropped, db, None, None
+
+
+class GroupAddmmFunction(torch.autograd.Function):
+    """Linears that share x in one hand-written Function, as Axolotl and Unsloth have for q, k, v.
+
+    ``apply(x, scale, *weights, *lora_as, *lora_bs)`` gives the ys. What `AddmmFunction` does for
+    each, and dx summed by products that add onto it. Without dropout, as theirs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.scale, ctx.count = scale, len(tensors) // 3
+        ctx.save_for_backward(x, *tensors)
+        weights, lora_as, lora_bs = GroupAddmmFunction._apart(tensors)
+        ys = []
+        for weight, lora_a, lora_b in zip(weights, lora_as, lora_bs, strict=True):
+            y = x @ weight.t()
+            ys.append(y.addmm_(x @ lora_a.t(), lora_b.t(), alpha=scale))
+        return tuple(ys)
+
+    @staticmethod
+    def _apart(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        count = len(tensors) // 3
+        return [tensors[i : i + count] for i in range(0, 3 * count, count)]
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, *tensors = ctx.saved_tensors
+        das, dbs = [], []
+        dx: Tensor | None = None
+        for dy, weight, lora_a, lora_b in zip(
+            dys, *GroupAddmmFunction._apart(tuple(tensors)), strict=True
+        ):
+            dy_b = dy @ lora_b
+            da, db = torch.empty_like(lora_a), torch.empty_like(lora_b)
+            das.append(da.addmm_(dy_b.t(), x, beta=0, alpha=ctx.scale))
+            dbs.append(db.addmm_(dy.t(), x @ lora_a.t(), beta=0, alpha=ctx.scale))
+            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+            dx.addmm_(dy_b, lora_a, alpha=ctx.scale)
+        return (dx, None, *[None] * ctx.count, *das, *dbs)
