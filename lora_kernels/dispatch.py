@@ -255,7 +255,9 @@ def together(model: nn.Module) -> str:
         if group.together and len(known) > 1:
             members = " + ".join(name.rpartition(".")[2] for name in known)
             counts[members] = counts.get(members, 0) + 1
-    return ", ".join(f"{members} ({n} times)" for members, n in counts.items())
+    whole = sum("_lora_base" in type(module).__dict__ for module in model.modules())
+    said = [f"{members} ({n} times)" for members, n in counts.items()]
+    return ", ".join(said + [f"feed-forward as a whole ({whole} times)"] * bool(whole))
 
 
 def _tensors_of(module: nn.Module) -> list[Any]:

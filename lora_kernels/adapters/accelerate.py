@@ -107,7 +107,7 @@ def accelerate_peft(
         )
     if undo:
         back = [layer for layer in layers.values() if type(layer) is fast]
-        group_linears(model, False, (fast,))
+        group_linears(model, False, (fast,))  # the feed-forwards as well
         for layer in back:
             layer.__class__ = library.Linear
         return PeftReport((), {}, dict.fromkeys(layers, "acceleration undone"), "")

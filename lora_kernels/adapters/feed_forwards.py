@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ..group.feed_forward import lora_feed_forward
+from ..group.siblings import is_worth_it
 from .feed_forward_form import Form, child_name, form_of, valued
 
 # By module and name of the class, for what need not be imported.
@@ -53,8 +54,10 @@ def feed_forwards(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if _is_one(module)]
 
 
-def fuse_feed_forwards(model: nn.Module) -> list[str]:
+def fuse_feed_forwards(model: nn.Module, devices: tuple[str, ...] | None = None) -> list[str]:
     """Compute each of `feed_forwards` as a whole from now on, in place; gives their names.
+
+    With ``devices`` only on devices of these types, and on a CPU only with many rows.
 
     For backward only gate and up are kept of what has the hidden width; gate and up share one
     dropout mask. Parameters, names and printing stay as they are, and so do copies and pickles.
@@ -68,6 +71,7 @@ def fuse_feed_forwards(model: nn.Module) -> list[str]:
         module = modules[name]
         if not isinstance(module, _Whole):
             module.__class__ = _whole_class(type(module))  # type: ignore[arg-type]
+        module.__dict__["_lora_devices"] = devices
     return names
 
 
@@ -77,6 +81,7 @@ def part_feed_forwards(model: nn.Module) -> None:
         kind: Any = type(module)
         if "_lora_base" in kind.__dict__:  # and not a class that somebody has derived of ours
             module.__class__ = kind._lora_base
+            module.__dict__.pop("_lora_devices", None)
 
 
 class _Whole(nn.Module):
@@ -108,6 +113,8 @@ class _Whole(nn.Module):
     def _lora_call(self, x: Tensor) -> tuple[list[Part], str, float] | None:
         """What a call would hand to `lora_feed_forward`; None where the own forward serves it."""
         if self._lora_base.forward is not self._lora_forward or type(x) not in _PLAIN_TYPES:
+            return None
+        if x.dim() == 0 or not is_worth_it(x, self.__dict__.get("_lora_devices")):
             return None
         if nn_module._has_any_global_hook() or torch.jit.is_tracing():
             return None

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..group.siblings import Siblings
 from ..linear.module import LoRALinear
+from .feed_forwards import fuse_feed_forwards, part_feed_forwards
 from .shared_calls import called_together
 
 # Where grouping has been measured to pay: `benchmarks/test_groups.py`. No GPU is among them yet.
@@ -24,14 +25,15 @@ def check_group(group: Any) -> None:
 def group_linears(
     model: nn.Module, group: bool | None, kinds: tuple[type, ...] = (LoRALinear,)
 ) -> None:
-    """Join the linears of each module that may be called with one tensor, or let them part.
+    """Join the linears of each module that may be called with one tensor, or let them part; and the
+    feed-forwards, see `fuse_feed_forwards`.
 
     Those that its source calls with one variable are joined at once; of others with one input
     width it is watched whether they are.
 
     Args:
         model: carries LoRA; joined anew where it was already.
-        group: None for the devices in `BY_DEFAULT`, True for all, False for none.
+        group: None for the devices in `BY_DEFAULT`, True for all and always, False for none.
         kinds: the classes of the linears.
     """
     devices = BY_DEFAULT if group is None else None
@@ -48,6 +50,10 @@ def group_linears(
             layer.__dict__.pop("_lora_slot", None)
     for layers, seen in fresh:
         Siblings(layers, seen=seen, devices=devices)
+    if group is False:
+        part_feed_forwards(model)
+    else:
+        fuse_feed_forwards(model, devices)
 
 
 def _are_siblings(layers: list[Any], devices: tuple[str, ...] | None) -> bool:

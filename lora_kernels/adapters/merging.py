@@ -15,6 +15,7 @@ from ..linear.module import LoRALinear
 from .carried import lora_layers, require_lora
 from .changing import LOCK, change_of, finish
 from .experts import put
+from .feed_forwards import part_feed_forwards
 from .replacing import give_back_bases, parameter_owners, refuse_root
 from .sharding import refuse_emptied
 from .surgery import refuse_sharded_layers
@@ -62,6 +63,7 @@ def merge_lora(model: nn.Module) -> list[str]:
         with change_of(model), folded_tokens(model):
             keep_wholes(model)
             give_back_bases(model, unused)
+            part_feed_forwards(model)
             _merge_one(last, places[last])
         return list(layers)
 

@@ -9,6 +9,7 @@ from torch import nn
 from ..linear.holder import AdapterHolder
 from ..linear.module import LoRALinear
 from .experts import release_experts
+from .feed_forwards import part_feed_forwards
 
 
 def refuse_root(model: nn.Module) -> None:
@@ -25,6 +26,8 @@ def give_back_bases(model: nn.Module, layers: Sequence[AdapterHolder]) -> None:
     linears = {id(layer): layer.to_linear() for layer in layers if isinstance(layer, LoRALinear)}
     replace_modules(model, linears)
     release_experts(model, layers)
+    if not any(isinstance(module, AdapterHolder) for module in model.modules()):
+        part_feed_forwards(model)
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:

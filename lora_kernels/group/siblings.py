@@ -27,6 +27,16 @@ _PLAIN_TYPES = (Tensor, nn.Parameter)
 _LEAST_ROWS_ON_CPU = 256
 
 
+def is_worth_it(x: Tensor, devices: tuple[str, ...] | None) -> bool:
+    """Whether a call with x is made together: None says always, else it depends on device and
+    number of rows."""
+    if devices is None:
+        return True
+    if x.device.type not in devices:
+        return False
+    return not x.is_cpu or is_compiling() or x.numel() >= _LEAST_ROWS_ON_CPU * x.shape[-1]
+
+
 class Part(NamedTuple):
     """What a layer gives to the group's call."""
 
@@ -59,7 +69,8 @@ class Siblings:
     Args:
         layers: at least two; each gets this as its ``_lora_siblings``, and its ``_lora_slot``.
         seen: whether it is known already that they are called with one tensor.
-        devices: types of those devices on which they are computed together; None for all.
+        devices: types of those devices on which they are computed together, on a CPU where there
+            are many rows; None for all and always.
     """
 
     def __init__(
@@ -137,9 +148,7 @@ class Siblings:
             return None  # of these nobody would notice a change
         if x.dim() == 0:
             return None
-        if self.devices is not None and x.device.type not in self.devices:
-            return None
-        if x.is_cpu and not traced and x.numel() < _LEAST_ROWS_ON_CPU * x.shape[-1]:
+        if not is_worth_it(x, self.devices):
             return None
         parts: list[Part] = []
         for ref in self._members:

@@ -53,9 +53,8 @@ def targets_of(name):
 def prepared(name="llama", dropout=0.0, dtype=torch.float32, targets=None):
     model = family(name, dtype)
     targets = targets_of(name) if targets is None else list(targets)
-    apply_lora(
-        model, 4, alpha=6, dropout=dropout, target_modules=targets, verbose=False, lora_dtype=dtype
-    )
+    settings = {"dropout": dropout, "target_modules": targets, "lora_dtype": dtype}
+    apply_lora(model, 4, alpha=6, verbose=False, group=False, **settings)
     mark_only_lora_as_trainable(model)
     fill(lora_parameters(model))
     return model

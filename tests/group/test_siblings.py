@@ -14,15 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import LoRALinear
-from lora_kernels.group import siblings as room
 from lora_kernels.group.siblings import Siblings
 
 SIZES = (8, 4, 6)
-
-
-@pytest.fixture(autouse=True)
-def few_rows_too(monkeypatch):
-    monkeypatch.setattr(room, "_LEAST_ROWS_ON_CPU", 0)
 
 
 def make(dropout=0.0, seen=True, grouped=True, **options):
@@ -305,9 +299,8 @@ def test_only_on_the_devices_it_is_asked_for():
     assert not is_grouped(*(layer(x) for layer in layers))
 
 
-def test_few_rows_on_a_cpu_are_not_worth_it(monkeypatch):
-    monkeypatch.undo()
-    layers = make()
+def test_few_rows_on_a_cpu_are_not_worth_it():
+    layers = make(devices=("cpu",))
     x, many = an_input(255), an_input(256)
     assert not is_grouped(*(layer(x) for layer in layers))
     assert is_grouped(*(layer(many) for layer in layers))

@@ -23,13 +23,13 @@ def groups(model):
 
 
 def nodes(tensor):
-    """How many calls of a group a graph holds."""
+    """How many calls of a group or a whole feed-forward a graph holds."""
     seen, waiting, count = set(), [tensor.grad_fn], 0
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        count += node.name() == "_GroupBackward"
+        count += node.name() in ("_GroupBackward", "_FeedForwardBackward")
         waiting += [following for following, _ in node.next_functions]
     return count
