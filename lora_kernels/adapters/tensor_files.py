@@ -29,7 +29,7 @@ def read_pickled(path: Path) -> dict[str, Any]:
     try:
         content = _unpickled(path)
     except BaseException as error:  # damaged files raise anything at all in torch.load
-        _refuse_to_explain(error, path)
+        pass_on_what_is_no_damage(error, path)
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
             raise ValueError(
                 f"{path.name} is not a plain dictionary of tensors: it holds pickled objects, "
@@ -88,7 +88,7 @@ _MOST_SHARED = 8
 _NO_MEMORY = re.compile(r"[Cc](?:annot|an't) allocate memory|not enough memory|out of memory")
 
 
-def _refuse_to_explain(error: BaseException, path: Path) -> None:
+def pass_on_what_is_no_damage(error: BaseException, path: Path) -> None:
     """Pass on what says nothing about the file: memory that has run out, and what stops us."""
     said = str(error)
     wanted = re.search(r"allocate (\d+) bytes", said)
@@ -122,7 +122,7 @@ class LazyTensors(Mapping[str, Tensor]):
             self._names = dict.fromkeys(self._file.keys())
             self.metadata: dict[str, str] = self._file.metadata() or {}
         except BaseException as error:  # of the library's own making, and its readers' kinds
-            _refuse_to_explain(error, path)
+            pass_on_what_is_no_damage(error, path)
             raise _unreadable(path, f" ({_first_line(error)})") from None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -131,7 +131,7 @@ class LazyTensors(Mapping[str, Tensor]):
         try:
             return self._file.get_tensor(name)
         except BaseException as error:  # of a dtype that this torch has not, say
-            _refuse_to_explain(error, self._path)
+            pass_on_what_is_no_damage(error, self._path)
             raise _unreadable(self._path, f" ({name}: {_first_line(error)})") from None
 
     def __iter__(self) -> Iterator[str]:

@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from lora_kernels.adapters import pass_on_what_is_no_damage
 
 from ..files import staged
 from .toydata import build
@@ -57,12 +60,14 @@ def load_tokenizer(path: str | os.PathLike[str] | None = None) -> PreTrainedToke
             f"no tokenizer at {directory}: expected a directory with tokenizer.json and "
             "tokenizer_config.json; check the path"
         )
+    _refuse_what_ends_the_process(directory / "tokenizer.json")
     try:
         # Not AutoTokenizer: beside a model it reads the model's config, of a kind it does not know.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:
+    except BaseException as error:  # panics of tokenizers are BaseExceptions
+        pass_on_what_is_no_damage(error, directory / "tokenizer.json")
         raise ValueError(
-            f"the tokenizer files in {directory} cannot be read: {error}; copy them anew"
+            f"the tokenizer files in {directory} cannot be read: {str(error)[:500]}; copy them anew"
         ) from error
     if tokenizer.pad_token_id is None:
         raise ValueError(
@@ -74,6 +79,20 @@ def load_tokenizer(path: str | os.PathLike[str] | None = None) -> PreTrainedToke
             f"the tokenizer in {directory} has no chat template; add one to tokenizer_config.json"
         )
     return tokenizer
+
+
+def _refuse_what_ends_the_process(path: Path) -> None:
+    """Raise ValueError on what the reader in tokenizers does not survive."""
+    try:
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        prefix = "merges" in model and model.get("continuing_subword_prefix")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error)[:500]}; copy it anew") from None
+    if prefix:
+        raise ValueError(
+            f"{path} has merges and a continuing_subword_prefix, {reprlib.repr(prefix)}, of which "
+            "its reader would end the process; set it to null, as in byte-level BPE"
+        )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:

@@ -7,20 +7,16 @@ that lies with it is read in whichever words it is written.
 from __future__ import annotations
 
 import copy
-import json
 import os
-import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_kernels import AdapterMismatchError, load_lora, read_adapter
-from lora_kernels.adapters import strip_wrappers
 
 from ..files import staged
 from .config import LMConfig
@@ -33,14 +29,13 @@ from .eras import (
     recognise_era,
     some,
 )
+from .reading import config_of, describe, hold_against, on_meta, read_json, read_tensors
 from .transformer import MiniMindLM
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 ADAPTER_NAME = "adapter.safetensors"
 _PICKLED_WEIGHTS_NAME = "pytorch_model.bin"  # of transformers directories, before safetensors
-
-_DERIVED = re.compile(r"(^|\.)(pos_cis|freqs_cos|freqs_sin|inv_freq|mask|causal_mask)$")
 
 
 def load_model(
@@ -78,14 +73,15 @@ def load_model(
             mis-shaped or not finite.
     """
     path = weights_path(path)
-    state = _read_tensors(path)
+    state = read_tensors(path)
     try:
         era = recognise_era({name: tuple(tensor.shape) for name, tensor in state.items()})
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     lm_config, source = _find_config(config, path, state, era)
+    hold_against(lm_config, state, source, path)
     # Nothing is drawn or allocated for weights that are about to be replaced.
-    with torch.device("meta"):
+    with on_meta(source):
         model = MiniMindLM(lm_config)
     tied = lm_config.tie_word_embeddings
     if tied:
@@ -216,50 +212,6 @@ def refuse_escape(directory: Path, name: str) -> None:
         )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file under their bare names, or CheckpointError."""
-    try:
-        if path.suffix == ".safetensors":
-            content = load_file(path, device="cpu")
-        elif path.suffix in (".pth", ".pt", ".bin"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            raise CheckpointError(
-                f"{path}: expected a .pth, .pt, .bin or .safetensors file, got {path.suffix!r}; "
-                "rename the file after what it holds"
-            )
-    except CheckpointError:
-        raise
-    except Exception as error:  # the readers raise whatever a garbled byte leads them to
-        # torch's own words on a pickle advise to load it unsafely.
-        torch_says = isinstance(error, pickle.UnpicklingError) or not str(error)
-        detail = "no detail" if torch_says else str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path} could not be read as plain tensors ({type(error).__name__}: {detail}); "
-            "the file is damaged, "
-            "incomplete or of another kind: fetch or save it again"
-        ) from error
-    if not isinstance(content, Mapping) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
-    ):
-        raise CheckpointError(
-            f"{path}: expected a dictionary of names and tensors, got {_describe(content)}; save "
-            "the model's state_dict() alone"
-        )
-    state: dict[str, Tensor] = {}
-    for name, tensor in content.items():
-        bare = strip_wrappers(name)
-        if _DERIVED.search(bare):
-            continue
-        if bare in state:
-            raise CheckpointError(
-                f"{path}: {bare} is there twice, once under a wrapper's prefix; save the unwrapped "
-                "model's state_dict()"
-            )
-        state[bare] = tensor
-    return state
-
-
 def config_beside(weights: Path) -> Path | None:
     """The configuration file that lies beside a weight file, if one does."""
     for name in (f"{weights.stem}.config.json", CONFIG_NAME):
@@ -301,28 +253,20 @@ def _find_config(
 
 
 def _read_config(path: Path, state: Mapping[str, Tensor], era: str) -> LMConfig:
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration file at {path}; check the path")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON ({error}); correct it or pass config as a dictionary"
-        ) from error
-    return _config_from(content, str(path), state, era)
+    return _config_from(read_json(path), str(path), state, era)
 
 
 def _config_from(content: Any, source: str, state: Mapping[str, Tensor], era: str) -> LMConfig:
     if not isinstance(content, Mapping):
         raise CheckpointError(
-            f"{source}: expected a JSON object of LMConfig's arguments, got {_describe(content)}; "
+            f"{source}: expected a JSON object of LMConfig's arguments, got {describe(content)}; "
             'write it as {"dim": 512, "n_layers": 8}'
         )
     try:
         arguments = file_arguments(content, era)
         if "hidden_size" in content:  # words in which nothing said of tying has no one meaning
             arguments.setdefault("tie_word_embeddings", _looks_tied(state, era))
-        return LMConfig(**arguments)
+        return config_of(arguments)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {error}") from error
 
@@ -399,9 +343,3 @@ def _converted(state: Mapping[str, Tensor], dtype: torch.dtype, path: Path) -> d
             "them diverged or the dtype is too narrow: take an earlier checkpoint or a wider dtype"
         )
     return {name: copies[id(tensor)] for name, tensor in state.items()}
-
-
-def _describe(content: Any) -> str:
-    if isinstance(content, Mapping):
-        return f"a dictionary with {some([str(key) for key in content])}"
-    return f"a {type(content).__name__}"

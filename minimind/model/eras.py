@@ -17,11 +17,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from lora_kernels.adapters import shortened
+
 Shapes = Mapping[str, Sequence[int]]
 
 
 class CheckpointError(ValueError):
     """A weight or configuration file that cannot be used; the text says why and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
 
 
 @dataclass(frozen=True)
@@ -211,6 +216,11 @@ def infer_arguments(era: str, shapes: Shapes) -> dict[str, Any]:
         )
     prefix = re.escape(names.path("layers."))
     layers = [int(found[1]) for name in shapes if (found := re.match(rf"{prefix}(\d+)\.", name))]
+    if len(set(layers)) <= max(layers):
+        raise CheckpointError(
+            f"the sizes cannot be inferred, expected the layers 0 to {max(layers)}, got "
+            f"{len(set(layers))} of them; the file is incomplete"
+        )
     found_sizes: dict[str, Any] = {
         "era": era,
         "vocab_size": table[0],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from places import ORIGINAL
 from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minimind.data.tokenizer import (
     CHAT_TEMPLATE,
@@ -269,3 +269,36 @@ def test_retraining_gives_the_shipped_vocabulary():
     assert retrained["model"]["vocab"] == shipped["model"]["vocab"]
     assert retrained["model"]["merges"] == shipped["model"]["merges"]
     assert retrained["pre_tokenizer"] == shipped["pre_tokenizer"]
+
+
+@pytest.mark.parametrize("prefix", ["#", "é", "#" * 30])
+def test_a_tokenizer_that_would_end_the_process_is_refused(tmp_path, prefix):
+    shutil.copytree(TOKENIZER_DIRECTORY, tmp_path / "t")
+    content = json.loads((tmp_path / "t" / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["continuing_subword_prefix"] = prefix
+    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="of which its reader would end the process"):
+        load_tokenizer(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"model": 3}', "[" * 100_000, '{"model": {}}']
+)
+def test_a_tokenizer_that_is_none_is_refused(tmp_path, content):
+    shutil.copytree(TOKENIZER_DIRECTORY, tmp_path / "t")
+    (tmp_path / "t" / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        load_tokenizer(tmp_path / "t")
+    assert len(str(caught.value)) < 2000
+
+
+def test_a_panic_of_the_reader_is_a_refusal(monkeypatch):
+    panic = type("PanicException", (BaseException,), {})("index out of range")
+    for raised, expected in ((panic, ValueError), (KeyboardInterrupt(), KeyboardInterrupt)):
+
+        def reader(*args, raised=raised, **kwargs):
+            raise raised
+
+        monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", reader)
+        with pytest.raises(expected):
+            load_tokenizer()
