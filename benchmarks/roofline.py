@@ -1,6 +1,7 @@
 """The floor on paper: what two ceilings allow, and what each strategy would cost under them.
 
-``python -m benchmarks.roofline --tflops 790 --tbps 4.3`` prints the ratios to the frozen linear.
+``python -m benchmarks.roofline --tflops 790 --tbps 4.3`` prints ratios to the frozen linear, and
+those of projections that share x to their frozen linears and the sums of their dx.
 
 A kernel takes as long as its FLOPs at the arithmetic ceiling or its bytes at the memory ceiling,
 whichever is longer; kernels follow one another. Bytes are those that must move once each, so the
@@ -222,6 +223,82 @@ def modelled(
     return seconds(halves[direction], ceilings)
 
 
+class Group(NamedTuple):
+    """Projections that share ``x [m, k]``: their outputs, one rank, bytes of an element."""
+
+    m: int
+    k: int
+    ns: tuple[int, ...]
+    r: int
+    itemsize: int = 2
+
+    def sizes(self) -> list[Size]:
+        """Of each by itself."""
+        return [Size(self.m, self.k, n, self.r, self.itemsize) for n in self.ns]
+
+
+# Llama-3-8B's: contraction and outputs.
+GROUPS = {"q, k, v": (4096, (4096, 1024, 1024)), "gate, up": (4096, (14336, 14336))}
+
+
+def frozen_group(group: Group) -> list[Kernel]:
+    """The frozen linears one by one, and the sums of their dx that autograd makes."""
+    return [kernel for size in group.sizes() for kernel in frozen(size)] + _sums_of_dx(group)
+
+
+def _sums_of_dx(group: Group) -> list[Kernel]:
+    added = Kernel(0, 3 * group.itemsize * group.m * group.k)
+    return [added] * (len(group.ns) - 1)
+
+
+def _apart(strategy: str, group: Group, dropout: bool) -> list[Kernel]:
+    kernels = _sums_of_dx(group)
+    for size in group.sizes():
+        forward, backward = STRATEGIES[strategy](size, dropout)
+        kernels += forward + backward
+    return kernels
+
+
+def fused_group(group: Group, dropout: bool = False) -> list[Kernel]:
+    """x read once for every xa, by the products and once for every da; one product for dx."""
+    m, k, ns, r, itemsize = group
+    n, count = sum(ns), len(ns)
+    whole = Size(m, k, n, r, itemsize)
+    mask = MASK_BYTES * m * k / itemsize * dropout
+    thin = _pass(whole, m * k + mask, count * k, count * (m + k))
+    y = _gemm(whole, k, n, True)
+    y = Kernel(y.flops + 2 * m * n * r, y.bytes + itemsize * r * (count * m + n), True)
+    dx = _gemm(whole, n, k, True, count * r)
+    dx = dx._replace(bytes=dx.bytes + mask * itemsize)
+    return [thin, y, _pass(whole, m * n, 2 * n, 2 * count * m + 2 * n), thin, dx]
+
+
+def beta1_group(group: Group, dropout: bool = False) -> list[Kernel]:
+    """The rank parts written first, and the vendor's products adding on, one a member."""
+    m, k, ns, r, itemsize = group
+    n, count = sum(ns), len(ns)
+    whole = Size(m, k, n, r, itemsize)
+    mask = MASK_BYTES * m * k / itemsize * dropout
+    thin = _pass(whole, m * k + mask, count * k, count * (m + k))
+    kernels = [thin, _pass(whole, m * n, n, count * m + n)]
+    kernels += [_pass(whole, m * n, 2 * n, 2 * count * m + 2 * n), thin, thin]
+    for size in group.sizes():
+        for inner, outer in ((k, size.n), (size.n, k)):
+            product = _gemm(size, inner, outer)
+            kernels.append(product._replace(bytes=product.bytes + itemsize * m * outer))
+    return kernels
+
+
+def modelled_group(group: Group, dropout: bool = False) -> dict[str, list[Kernel]]:
+    """Forward and backward of a group by each way to compute it."""
+    return {
+        "fused": fused_group(group, dropout),
+        "beta1": beta1_group(group, dropout),
+        "fused, one by one": _apart("fused", group, dropout),
+        "peft": _apart("peft", group, dropout),
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the table for one device."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
@@ -247,6 +324,20 @@ def main(arguments: list[str] | None = None) -> None:
         for name in STRATEGIES:
             ratios.append(modelled(name, size, ceilings, dropout=options.dropout) / base)
         print(f"| {k}, {n} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |")
+    _print_groups(options, ceilings)
+
+
+def _print_groups(options: argparse.Namespace, ceilings: Ceilings) -> None:
+    print("\nSharing x: ratio to the frozen linears and the sums of their dx")
+    for index, (name, (k, ns)) in enumerate(GROUPS.items()):
+        group = Group(options.m, k, ns, options.rank, options.itemsize)
+        base = seconds(frozen_group(group), ceilings)
+        ways = modelled_group(group, options.dropout)
+        if not index:
+            print("| | " + " | ".join(ways) + " |")
+            print("|---|" + "---|" * len(ways))
+        ratios = (seconds(kernels, ceilings) / base for kernels in ways.values())
+        print(f"| {name} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,8 @@ def test_command(capsys):
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.startswith("| 4096, 4096 ")]
     assert line.split(" | ")[1] == "1.012"
+    (line,) = [line for line in lines if line.startswith("| q, k, v ")]
+    assert line.split(" | ")[1] == "0.972"
 
 
 def test_ceilings_must_be_positive(capsys):
@@ -82,3 +84,44 @@ def test_ceilings_must_be_positive(capsys):
         with pytest.raises(SystemExit):
             roofline.main([f"--{key}={value}" for key, value in options.items()])
         assert f"--{name} must be more than 0, got -1.0" in capsys.readouterr().err
+
+
+QKV, GATE_UP = (4096, (4096, 1024, 1024)), (4096, (14336, 14336))
+
+
+@pytest.mark.parametrize(
+    ("k", "ns", "r", "expected"),
+    [(*QKV, 16, 0.972), (*QKV, 64, 0.991), (*GATE_UP, 16, 1.022)],
+)
+def test_a_group_worked_out_by_hand(k, ns, r, expected):
+    m, flops, bandwidth, count, n = 8192, 790e12, 4.3e12, len(ns), sum(ns)
+    sums = (count - 1) * 3 * 2 * m * k / bandwidth
+    base = 2 * sum(2 * m * k * n / flops for n in ns) + sums  # all of them bound by arithmetic
+    passes = 2 * (m * k + count * r * (m + k)) + m * n + 2 * r * (count * m + n)
+    products = 2 * m * n * (k + r) + 2 * m * k * (n + count * r)
+    ours = products / flops + 2 * passes / bandwidth
+    assert ours / base == pytest.approx(expected, abs=0.001)
+    group = roofline.Group(m, k, ns, r)
+    whole = seconds(roofline.frozen_group(group), CEILINGS)
+    assert seconds(roofline.fused_group(group), CEILINGS) / whole == pytest.approx(
+        ours / base, abs=0.001
+    )
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("name", roofline.GROUPS)
+def test_a_group_beats_its_members_one_by_one(name, dropout):
+    for ceilings in (CEILINGS, Ceilings(280e12, 1.75e12)):
+        group = roofline.Group(8192, *roofline.GROUPS[name], 16)
+        ways = roofline.modelled_group(group, dropout)
+        times = {way: seconds(kernels, ceilings) for way, kernels in ways.items()}
+        assert times["fused"] < times["fused, one by one"] < times["peft"]
+
+
+def test_one_member_is_a_group_of_its_own():
+    size = Size(8192, 4096, 1024, 16)
+    group = roofline.Group(8192, 4096, (1024,), 16)
+    for strategy, ours in (("fused", roofline.fused_group), ("beta1", roofline.beta1_group)):
+        whole = seconds(ours(group), CEILINGS)
+        assert whole == pytest.approx(modelled(strategy, size, CEILINGS), rel=1e-6)
+    assert roofline.frozen_group(group) == frozen(size)
