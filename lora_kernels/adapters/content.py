@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ class Content:
         base: tensors of a checkpoint of the whole model, each read when it is asked for.
         saved: ends of the names of modules that the file has whole, where the model has such.
         tying: parameters that the model ties to one in ``whole`` follow it.
+        parameters: ends of the names of parameters that PEFT's wrappers are around, if any are.
+        resolve: from a parameter's name to its configuration, where ``parameters`` are.
     """
 
     pairs: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
@@ -33,6 +35,8 @@ class Content:
     base: Mapping[str, Any] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
     tying: bool = False
+    parameters: tuple[str, ...] = ()
+    resolve: Callable[[str], LayerConfig] | None = None
 
 
 class RenamedTensors(Mapping[str, Any]):

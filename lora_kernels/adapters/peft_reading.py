@@ -49,7 +49,7 @@ _INERT = {
 }
 _READ = {
     "alpha_pattern", "bias", "ensure_weight_tying", "init_lora_weights", "lora_alpha",
-    "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern",
+    "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern", "target_parameters",
     "trainable_token_indices", "use_rslora",
 }
 # fmt: on
@@ -60,7 +60,6 @@ _REFUSED = {
     "layer_replication": "it repeats layers of the base model",
     "lora_bias": "a bias in the LoRA branch is not supported",
     "megatron_config": "Megatron's layers are not supported",
-    "target_parameters": "LoRA on bare parameters is not supported",
     "use_dora": "DoRA is not supported; merge it in PEFT",
 }
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -92,6 +91,7 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], Content]:
         refuse_strange_file(directory, name)
     config = _read_config(directory / CONFIG)
     resolve, saved = _resolver(config), config.get("modules_to_save") or []
+    parameters = tuple(config.get("target_parameters") or ())
     state: dict[str, Any] = {}
     described: dict[str, LayerConfig] = {}
     problems: list[str] = []
@@ -132,6 +132,7 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], Content]:
         if (
             isinstance(tensor, Tensor)
             and tensor.dim() == 2
+            and not parameters  # of experts: `peft_experts` holds them against the model
             and tensor.shape[0 if factor == "A" else 1] != layer.rank
         ):
             problems.append(
@@ -146,7 +147,13 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], Content]:
         raise ValueError("\n  ".join(["not a LoRA adapter that can be loaded", *problems]))
     tying = bool(config.get("ensure_weight_tying"))
     return state, Content(
-        described=described, whole=whole, copies=copies, saved=tuple(saved), tying=tying
+        described=described,
+        whole=whole,
+        copies=copies,
+        saved=tuple(saved),
+        tying=tying,
+        parameters=parameters,
+        resolve=resolve if parameters else None,
     )
 
 
@@ -182,9 +189,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         problems.append(f"peft_type is {config.get('peft_type')!r}, only 'LORA' is supported")
     if config.get("bias", "none") not in BIASES:
         problems.append(f"bias is {config['bias']!r}, expected one of {', '.join(BIASES)}")
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(n, str) and n for n in saved):
-        problems.append(f"modules_to_save is {reprlib.repr(saved)}, expected a list of names")
+    for field in ("modules_to_save", "target_parameters"):
+        names = config.get(field) or []
+        if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+            problems.append(f"{field} is {reprlib.repr(names)}, expected a list of names")
     init = config.get("init_lora_weights")
     if (init.lower() if isinstance(init, str) else init) not in _PLAIN_INITS:
         problems.append(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..linear.factors import DEFAULT
 from .carried import Part
 from .files import write_together
+from .peft_experts import peft_factors, peft_names, refuse_dropout
 from .peft_reading import CONFIG, FACTORS, PREFIX, TENSORS
 from .peft_wholes import task_type, whole_fields
 from .sharding import is_writer, whole
@@ -64,6 +65,9 @@ def _contents(
         name: (_copy(layer.lora.A.weight), _copy(layer.lora.B.weight))
         for name, layer in layers.items()
     }
+    wrappers = peft_names(model, list(layers))
+    refuse_dropout(wrappers, dropout)
+    linears = [name for name in layers if name not in wrappers]
     if fold_scale:
         widest, use_rslora = max(ranks.values()), False
         factors = {
@@ -93,8 +97,8 @@ def _contents(
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
-        "target_modules": sorted(layers),
-        "exclude_modules": _namesakes(model, layers),
+        "target_modules": sorted(linears),
+        "exclude_modules": _namesakes(model, linears),
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "use_rslora": use_rslora,
@@ -104,8 +108,11 @@ def _contents(
         "inference_mode": True,
         **fields,
     }
+    if wrappers:  # earlier versions of PEFT do not know the field
+        config["target_parameters"] = sorted(wrappers)
+        factors |= {name: peft_factors(*factors[name]) for name in wrappers}
     return {
-        PREFIX + name + suffix: tensor
+        PREFIX + wrappers.get(name, name) + suffix: tensor
         for name, pair in factors.items()
         for suffix, tensor in zip(FACTORS.values(), pair, strict=True)
     } | {PREFIX + key: wholes[name] for name, key in names.items()}, config
@@ -146,7 +153,7 @@ def _folded(name: str, a: Tensor, b: Tensor, scale: float, rank: int) -> tuple[T
             f"fold_scale: {scale:g} times B of {name!r} is not finite in {b.dtype}; "
             "save without fold_scale"
         )
-    missing = rank - a.shape[0]
+    missing = rank - a.shape[-2]
     return F.pad(a, (0, 0, 0, missing)), F.pad(scaled, (0, missing))
 
 

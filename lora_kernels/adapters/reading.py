@@ -65,8 +65,9 @@ def read_content(path: Path, adapter: str = DEFAULT) -> Content:
     pairs, problems = _pairs(state)
     for name, pair in pairs.items():
         rank = content.described[name].rank if name in content.described else None
-        found = {pair[f].shape[d] for f, d in (("A", 0), ("B", 1)) if f in pair}
-        if rank is not None and found - {rank}:
+        found = {pair[f].shape[d] for f, d in (("A", -2), ("B", -1)) if f in pair}
+        # PEFT's of experts `peft_experts` holds against the model.
+        if rank is not None and found - {rank} and not content.parameters:
             problems.append(f"{name}: its metadata say rank {rank}, its factors have {max(found)}")
     for name, tensor in {**content.whole, **content.copies}.items():
         problems += tensor_problems(name, tensor, (*DTYPES, *_OF_BUFFERS))

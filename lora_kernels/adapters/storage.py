@@ -32,6 +32,7 @@ from .changing import change_of, write_together
 from .content import Content
 from .files import write_atomically
 from .fitting import fit
+from .peft_experts import with_expert_names
 from .peft_writing import write_directory
 from .reading import (
     METADATA,
@@ -199,7 +200,12 @@ def _load(
     name: str,
     lora_dtype: torch.dtype | str | None,
 ) -> list[str]:
-    content = with_todays_names(model, content)
+    try:
+        content = with_expert_names(model, with_todays_names(model, content))
+    except ValueError as error:
+        raise AdapterMismatchError(
+            f"{path} does not fit the model; nothing was loaded.\n  {error}"
+        ) from None
     _factors(model, without_wrappers(parts(model, name)))  # refuses what cannot be written to
     _wholes(model, name)
     loaded, inserted, dtypes, wholes = fit(model, path, content, strict, name, lora_dtype)

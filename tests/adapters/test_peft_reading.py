@@ -46,7 +46,7 @@ CONFIGS = {
     "fan in": ({"fan_in_fan_out": True}, "fan_in_fan_out is True: transposed"),
     "replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is"),
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices is"),
-    "parameters": ({"target_parameters": ["w"]}, "target_parameters is"),
+    "parameters": ({"target_parameters": "w"}, "target_parameters is"),
     "megatron": ({"megatron_config": {"a": 1}}, "megatron_config is"),
     "alora": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is"),
     "arrow": ({"arrow_config": {"top_k": 2}}, "arrow_config is"),
