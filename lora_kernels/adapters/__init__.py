@@ -1,6 +1,5 @@
 """Adapters as a whole: in a model, and on disk."""
 
-from .feed_forwards import fuse_feed_forwards
 from .files import write_atomically
 from .sharding import cut_like, is_sharded, whole
 from .surgery import insert_lora
@@ -10,7 +9,6 @@ from .wording import shortened
 
 __all__ = [
     "cut_like",
-    "fuse_feed_forwards",
     "insert_lora",
     "is_sharded",
     "pass_on_what_is_no_damage",

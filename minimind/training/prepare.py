@@ -18,7 +18,6 @@ from lora_kernels import (
     lora_state_dict,
     mark_only_lora_as_trainable,
 )
-from lora_kernels.adapters import fuse_feed_forwards
 
 from ..data.building import Cache, default_cache
 from ..data.reading import DATA_DIRECTORY
@@ -234,8 +233,6 @@ def prepare(
             adapted: list[str] = []
             if lora:
                 adapted = _adapt(model, settings)
-                if device.type == "cpu":  # on no other has it been measured to pay
-                    fuse_feed_forwards(model)
                 mark_only_lora_as_trainable(model)
             if resumed is not None:
                 _take_up_weights(model, resumed["weights"], lora)
