@@ -10,11 +10,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .settings import FINETUNE_DEFAULTS, SFT_DEFAULTS, Settings, add_options
+from .settings import (
+    FINETUNE_DEFAULTS,
+    SFT_DEFAULTS,
+    Settings,
+    add_data_options,
+    add_options,
+)
 
 _EPILOG = """examples:
   minimind finetune                            teach the shipped model a new name, in about a minute
   minimind finetune --data tea --targets all-linear --rank 32 --epochs 12
+  minimind info mine.jsonl                     what is in it, and what of it is learnt
   minimind finetune --data mine.jsonl --out out/mine --rank 8 --alpha 16
   minimind finetune --data more.csv --lora out/mine     go on training that adapter
   minimind chat --lora out/identity-1/adapter.safetensors --compare
@@ -93,10 +100,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", default="bfloat16", help="float32, bfloat16 or float16 (default: bfloat16)"
     )
 
-    info = add("info", "say what a model, an adapter or this machine is", _info)
+    info = add("info", "say what a model, an adapter, data or this machine is", _info)
     info.add_argument(
-        "path", nargs="?", help="a model directory, a weight file or an adapter (default: machine)"
+        "path",
+        nargs="?",
+        help="a model directory, a weight file, an adapter, a data file or a shipped set's name "
+        "(default: machine)",
     )
+    about_data = info.add_argument_group("of data, as finetune and sft have them")
+    about_data.add_argument("--tokenizer", help="directory of the tokenizer (default: the shipped)")
+    add_data_options(about_data)
     return parser
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -159,18 +159,8 @@ _PARSERS = {"str": str, "int": int, "float": float}
 def add_options(parser: argparse.ArgumentParser, lora: bool, defaults: dict[str, Any]) -> None:
     """Give ``parser`` an option for each field; those not given stay out of the namespace."""
     for option in fields(Settings):
-        if option.metadata.get("lora") and not lora:
-            continue
-        flag = "--" + option.name.replace("_", "-")
-        default = defaults.get(option.name, option.default)
-        text = option.metadata["help"].replace("%", "%%")
-        kind = str(option.type).split(" |")[0]
-        if kind == "bool":
-            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-            continue
-        if default is not None and "(default: " not in text:
-            text += f" (default: {default})"
-        parser.add_argument(flag, type=_PARSERS[kind], default=argparse.SUPPRESS, help=text)
+        if lora or not option.metadata.get("lora"):
+            _add(parser, option, defaults.get(option.name, option.default), argparse.SUPPRESS)
     parser.add_argument(
         "--resume",
         metavar="DIR",
@@ -183,3 +173,22 @@ def add_options(parser: argparse.ArgumentParser, lora: bool, defaults: dict[str,
         help="started by torchrun: the whole model in each process (ddp), or a part in each, for a "
         "base too large for one GPU (fsdp) (default: ddp)",
     )
+
+
+def add_data_options(parser: Any) -> None:
+    """Give ``parser`` those that say how data is read, with their defaults."""
+    for option in fields(Settings):
+        if option.name in ("format", "max_length", "skip_bad", "cache", "no_cache"):
+            _add(parser, option, option.default, option.default)
+
+
+def _add(parser: Any, option: Field[Any], said: Any, default: Any) -> None:
+    flag = "--" + option.name.replace("_", "-")
+    text = option.metadata["help"].replace("%", "%%")
+    kind = str(option.type).split(" |")[0]
+    if kind == "bool":
+        parser.add_argument(flag, action="store_true", default=default, help=text)
+        return
+    if said is not None and "(default: " not in text:
+        text += f" (default: {said})"
+    parser.add_argument(flag, type=_PARSERS[kind], default=default, help=text)

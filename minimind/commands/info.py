@@ -1,4 +1,4 @@
-"""`minimind info`: what a model, an adapter or this machine is."""
+"""`minimind info`: what a model, an adapter, data or this machine is."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import transformers
 
 from lora_kernels import __version__, explain, holds_adapter, read_adapter
 
+from ..data.tokenizer import load_tokenizer
 from ..model.checkpoint import adapter_path, config_beside, load_model, weights_path
 from ..model.eras import adapter_eras, untraceable
 from ..training.loop import best_dtype
-from ..training.prepare import choose_device, user_errors
+from ..training.prepare import choose_cache, choose_device, user_errors
+from .looking import described, in_colour, is_data
 
 
 def info(options: argparse.Namespace) -> None:
-    """Say what a model, an adapter or this machine is.
+    """Say what a model, an adapter, data or this machine is.
 
     Raises:
         UsageError: the path is none of these, or cannot be read.
@@ -25,6 +27,16 @@ def info(options: argparse.Namespace) -> None:
     with user_errors():
         if options.path is None:
             lines = _machine()
+        elif is_data(options.path):
+            lines = described(
+                options.path,
+                load_tokenizer(options.tokenizer),
+                options.max_length,
+                options.format,
+                options.skip_bad,
+                choose_cache(options.cache, options.no_cache),
+                in_colour(),
+            )
         elif not Path(options.path).exists():
             raise FileNotFoundError(f"nothing at {options.path}; check the path")
         elif _is_adapter(adapter_path(options.path)):

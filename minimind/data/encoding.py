@@ -48,6 +48,7 @@ class Chunk:
     Attributes:
         tokens: end to end, cut; the top bit is the loss mask. uint16 or uint32.
         lengths: tokens of each, int64; 0 where nothing is learnt within them.
+        wholes: tokens that each had before it was cut, int64.
         flags: uint8 each: TEACHES (there is a word to be learnt, if not within the cut), CUT.
         numbers: line of each, int64.
         samples: those that have tokens.
@@ -56,6 +57,7 @@ class Chunk:
 
     tokens: NDArray[Any]
     lengths: NDArray[Any]
+    wholes: NDArray[Any]
     flags: NDArray[Any]
     numbers: NDArray[Any]
     samples: list[Sample]
@@ -128,11 +130,11 @@ class Encoder:
             encoded = self.renderer.encode(samples)
         whole = np.array(encoded.lengths, dtype=np.int64)
         sample_of_piece = np.repeat(np.arange(len(samples)), encoded.counts)
-        lengths = np.bincount(sample_of_piece, weights=whole, minlength=len(samples))
-        lengths = lengths.astype(np.int64)
+        wholes = np.bincount(sample_of_piece, weights=whole, minlength=len(samples))
+        wholes = wholes.astype(np.int64)
         mask = np.repeat(np.array(encoded.learnt, dtype=bool), whole)
-        sample_of_token = np.repeat(np.arange(len(samples)), lengths)
-        position = np.arange(len(mask)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        sample_of_token = np.repeat(np.arange(len(samples)), wholes)
+        position = np.arange(len(mask)) - np.repeat(np.cumsum(wholes) - wholes, wholes)
         # The first token is never predicted, so a mask there supervises nothing.
         within = position < self.max_length
         teaching = sample_of_token[mask & within & (position > 0)]
@@ -142,13 +144,15 @@ class Encoder:
         tokens = np.array(encoded.ids, dtype=self.dtype)
         tokens[mask] |= learnt_bit(self.dtype)
         teaches = np.array([sample.teaches for sample in samples], dtype=bool)
-        flags = TEACHES * teaches + CUT * (kept & (lengths > self.max_length))
-        lengths = np.where(kept, np.minimum(lengths, self.max_length), 0)
+        flags = TEACHES * teaches + CUT * (kept & (wholes > self.max_length))
+        lengths = np.where(kept, np.minimum(wholes, self.max_length), 0)
         left = [sample for sample, keep in zip(samples, kept, strict=True) if keep]
         made = np.array(numbers, dtype=np.int64)
         if wrong:
             there = np.array([i not in wrong for i in range(len(samples))])
-            lengths, flags, made = lengths[there], flags[there], made[there]
+            lengths, wholes = lengths[there], wholes[there]
+            flags, made = flags[there], made[there]
             for index, error in wrong.items():
                 refused.add(numbers[index], error)
-        return Chunk(tokens[taken], lengths, flags.astype(np.uint8), made, left, refused)
+        flags = flags.astype(np.uint8)
+        return Chunk(tokens[taken], lengths, wholes, flags, made, left, refused)

@@ -28,7 +28,14 @@ Item = TypeVar("Item", covariant=True)
 INDEX = "index.json"
 VERSION = 1
 _TOGETHER = 64  # samples that are packed as one
-_PARTS = {"tokens": "", "offsets": "<i8", "flags": "u1", "numbers": "<i8", "blocks": "<i8"}
+_PARTS = {
+    "tokens": "",
+    "offsets": "<i8",
+    "wholes": "<i4",
+    "flags": "u1",
+    "numbers": "<i8",
+    "blocks": "<i8",
+}
 _TEXTS = "samples"
 _READS = 1 << 16  # samples that are read before their pages are given back
 
@@ -67,6 +74,7 @@ class Store:
     Attributes:
         tokens: end to end, ``[tokens]``; the top bit is the mask.
         offsets: where each sample begins, and the end, int64 ``[samples + 1]``.
+        wholes: tokens that each sample had before it was cut, ``[samples]``.
         flags: uint8 ``[samples]``, of TEACHES and CUT.
         form: what the samples were read as.
         refused: rows that were passed over.
@@ -74,6 +82,7 @@ class Store:
 
     tokens: NDArray[Any]
     offsets: NDArray[Any]
+    wholes: NDArray[Any]
     flags: NDArray[Any]
     form: str
     refused: Refusals
@@ -113,6 +122,12 @@ class Store:
         out[place + before + np.repeat(lengths, lengths)] = part >= bit
         return out
 
+    def learnt(self) -> int:
+        """How many tokens are learnt, of all."""
+        bit, step = learnt_bit(self.tokens.dtype), 1 << 22
+        parts = (self.tokens[i : i + step] for i in range(0, len(self.tokens), step))
+        return sum(int(np.count_nonzero(part >= bit)) for part in parts)
+
     def kept(self) -> NDArray[Any]:
         """The numbers of the rows that have tokens."""
         return np.flatnonzero(np.diff(self.offsets))
@@ -138,6 +153,7 @@ class MemoryStore(Store):
         empty = np.zeros(0, dtype=np.int64)
         lengths = np.concatenate([empty, *(chunk.lengths for chunk in chunks)])
         self.offsets = np.concatenate([[0], np.cumsum(lengths)])
+        self.wholes = np.concatenate([empty, *(chunk.wholes for chunk in chunks)])
         tokens = [chunk.tokens for chunk in chunks] or [empty]
         self.tokens = np.concatenate(tokens).astype(token_dtype(tokenizer), copy=False)
         self.flags = np.concatenate([c.flags for c in chunks] or [empty]).astype(np.uint8)
@@ -177,6 +193,7 @@ class Writer:
         for name, array in (
             ("tokens", chunk.tokens.astype(self.dtype, copy=False)),
             ("offsets", ends.astype("<i8")),
+            ("wholes", chunk.wholes.astype("<i4")),
             ("flags", chunk.flags),
             ("numbers", chunk.numbers.astype("<i8")),
         ):
@@ -253,7 +270,8 @@ class MappedStore(Store):
         self._maps: list[mmap.mmap] = []
         parts = {name: self._mapped(name, dtype) for name, dtype in dtypes.items()}
         self.tokens, self.offsets = parts["tokens"], parts["offsets"]
-        self.flags, self._numbers = parts["flags"], parts["numbers"]
+        self.wholes, self.flags = parts["wholes"], parts["flags"]
+        self._numbers = parts["numbers"]
         self._blocks, self._texts = parts["blocks"].reshape(-1, 2), parts[_TEXTS]
         self._kept: NDArray[Any] | None = None
         self._unpacked: tuple[int, list[Any]] = -1, []

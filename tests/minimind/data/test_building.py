@@ -51,7 +51,7 @@ def data(tmp_path):
 def same(one, other):
     return all(
         np.array_equal(getattr(one, name), getattr(other, name))
-        for name in ("tokens", "offsets", "flags")
+        for name in ("tokens", "offsets", "wholes", "flags")
     ) and all(
         (one.sample(r), one.sample(r).place) == (other.sample(r), other.sample(r).place)
         for r in one.kept().tolist()
@@ -229,7 +229,7 @@ def test_killed_at_any_write_nothing_is_taken_for_whole(tmp_path, data, tokenize
         assert np.array_equal(after.tokens, expected)
         # Nor is anything left lying about, but an empty directory of what was just put in place.
         left = [p for p in where.rglob("*") if p.is_file()]
-        assert all(p.parent == after.directory for p in left) and len(left) == 7
+        assert all(p.parent == after.directory for p in left) and len(left) == 8
         shutil.rmtree(where)
     assert deaths > 10
 

@@ -78,8 +78,11 @@ def test_tokens_and_masks_are_those_of_the_plain_way(tmp_path, form, max_length)
     samples = read_conversations(path)
     assert chunk.tokens.dtype == np.uint16 and chunk.numbers.tolist() == list(range(1, 41))
     kept = iter(chunk.samples)
-    for sample, flags, found in zip(samples, chunk.flags, each(chunk), strict=True):
+    for sample, whole, flags, found in zip(
+        samples, chunk.wholes, chunk.flags, each(chunk), strict=True
+    ):
         ids, mask = plainly(tokenizer, sample)
+        assert whole == len(ids)
         learnt = any(mask[1:max_length])
         assert found == ((ids[:max_length], mask[:max_length]) if learnt else ([], []))
         assert bool(flags & CUT) == (learnt and len(ids) > max_length)
@@ -152,6 +155,7 @@ def test_bad_rows_are_counted_where_they_may_be():
         Encoder(load_tokenizer(), 99, "a", Reader()).rows(BAD)
     chunk = Encoder(load_tokenizer(), 99, "a", Reader(), skip=True).rows(BAD)
     assert chunk.numbers.tolist() == [1, 5] and len(chunk.lengths) == len(chunk.flags) == 2
+    assert len(chunk.wholes) == 2
     assert [sample.place for sample in chunk.samples] == ["a:1", "a:5"]
     fine = Encoder(load_tokenizer(), 99, "a", Reader()).rows([BAD[0], BAD[4]])
     assert np.array_equal(chunk.tokens, fine.tokens)

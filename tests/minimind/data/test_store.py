@@ -67,6 +67,9 @@ def test_both_hold_the_same(stores):
     assert memory.answered().tolist() == mapped.answered().tolist() == memory.kept().tolist()
     everything = np.arange(300)
     assert memory.cut(everything) == mapped.cut(everything) > 0
+    assert memory.wholes.tolist() == mapped.wholes.tolist() and max(memory.wholes) > 40
+    learnt = sum(int(memory.read(row)[1].sum()) for row in range(300))
+    assert memory.learnt() == mapped.learnt() == learnt > 0
     for row in range(300):
         for ours, theirs in zip(memory.read(row), mapped.read(row), strict=True):
             assert ours.dtype == np.int64 and np.array_equal(ours, theirs)
