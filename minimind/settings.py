@@ -61,6 +61,9 @@ class TrainingConfig:
             raise ValueError(f"grad_clip must be 0 (off) or positive, got {self.grad_clip}; try 1")
 
 
+TRACKERS = ("tensorboard", "wandb")
+
+
 def _option(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
 
@@ -134,6 +137,11 @@ class Settings:
     num_workers: int = _option(0, "processes that load data")
     log_interval: int = _option(10, "optimizer steps between records in metrics.jsonl")
     save_interval: int = _option(100, "optimizer steps between resume points, 0 for none")
+    report_to: str | None = _option(
+        None,
+        "show metrics in tensorboard, wandb, or both with a comma between, where they are "
+        "installed; metrics.jsonl is written anyway (default: neither)",
+    )
     seed: int = _option(42, "seed of weights, order and dropout")
 
     def training(self) -> TrainingConfig:

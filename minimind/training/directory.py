@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shutil
 import tempfile
 from pathlib import Path
 
 from ..data.reading import split_name
 from ..files import clear_up, hold, is_temporary, release
 from ..model.checkpoint import ADAPTER_NAME
-from ..settings import Settings
+from ..settings import TRACKERS, Settings
 from .report import ANSWERS, METRICS, PLOT, say
 
 RESUME, RUN = "resume.pt", "run.json"
@@ -43,7 +44,8 @@ def left_over(out: Path) -> list[Path]:
         left = sorted(out.iterdir())
     except OSError:
         left = []
-    begun = [p for p in left if p.name in (RUN, METRICS) or is_temporary(p.name, _FILES)]
+    names = (RUN, METRICS, *TRACKERS)
+    begun = [p for p in left if p.name in names or is_temporary(p.name, _FILES)]
     if not left or begun != left:
         unused(out)
         return []
@@ -92,7 +94,10 @@ def claim_directory(settings: Settings, resume: str | None) -> tuple[Path, int |
             pass  # said now, not when hours of training are to be saved
         said = clear_up(out, _FILES)
         for path in left:
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     except OSError as error:
         release(lock)
         raise ValueError(

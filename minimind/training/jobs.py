@@ -43,6 +43,7 @@ from .report import (
     write_rows,
 )
 from .stopping import Stop, Stopped, stoppable
+from .trackers import Trackers
 
 MOST_ANSWERED = 100
 # torch's writer raises RuntimeError, safetensors' its own, where the system says OSError.
@@ -59,13 +60,13 @@ def run(job: Job) -> None:
         Stopped: by Ctrl-C, SIGTERM or SIGHUP, after a resume point has been written.
     """
     try:
-        with stoppable() as stop:
-            _run(job, stop)
+        with stoppable() as stop, contextlib.closing(Trackers(job.trackers, warn)) as trackers:
+            _run(job, stop, trackers)
     finally:
         release(job.lock)
 
 
-def _run(job: Job, stop: Stop) -> None:
+def _run(job: Job, stop: Stop, trackers: Trackers) -> None:
     say(describe(job))
     questions, expected = heldout_questions(job.heldout)
     prompts = [question[-1]["content"] for question in questions]
@@ -84,7 +85,11 @@ def _run(job: Job, stop: Stop) -> None:
             write_json(job.out / RUN, resolved(job))
     if job.processes.first:
         total, interval = trainer.total_steps, job.settings.log_interval
-        report = Report(job.out, trainer.step, total, interval, *_records(job, before))
+        records = _records(job, before)
+        report = Report(job.out, trainer.step, total, interval, *records, told=trackers.log)
+        trackers.start(job.out, resolved(job), trainer.step)
+        if not job.resumed:
+            trackers.log(0, _losses(before))
     agreed = not job.processes.several
 
     try:
@@ -118,6 +123,7 @@ def _run(job: Job, stop: Stop) -> None:
         with _outcome(job, "the results"):
             if report is not None:
                 write_results(job, prompts, expected, before, after, report)
+        trackers.log(trainer.step, _losses(after))
     except KeyboardInterrupt as error:
         say(f"\nstopped{_by(error)} after training; {_left(job)}")
         raise

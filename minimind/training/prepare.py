@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from .directory import RESUME, RUN, claim_directory, left_over
 from .loop import DTYPES, Trainer, best_dtype
 from .parallel import ALONE, Processes
 from .report import say, warn
+from .trackers import parse_trackers
 
 BASE_DIRECTORY = Path(__file__).parents[1] / "assets" / "base"
 DEFAULT_RANK = 16
@@ -68,6 +69,7 @@ class Job:
     resumed: dict[str, Any] | None
     processes: Processes = ALONE
     lock: int | None = None
+    trackers: Sequence[str] = ()
 
     @property
     def command(self) -> str:
@@ -213,6 +215,7 @@ def prepare(
             if processes.first and (slow := slowness(dtype, device)):
                 warn(slow)
             training = settings.training()
+            trackers = parse_trackers(settings.report_to) if processes.first else []
             processes.check(training.batch_size)
             model, tokenizer = load_base(settings)
             max_length = min(settings.max_length, model.config.max_seq_len)
@@ -253,7 +256,7 @@ def prepare(
     assert out is not None
     return Job(
         settings, lora, model, tokenizer, train, heldout, base_heldout, device, dtype, adapted,
-        trainer, out, resumed, processes, lock,
+        trainer, out, resumed, processes, lock, trackers,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +52,7 @@ class Report:
         log_interval: optimizer steps between records; a record holds the means of its interval.
         rows: the records up to the last that was complete.
         pending: the steps since, which the next record covers.
+        told: called with the step and the record, once it is written.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class Report:
         log_interval: int,
         rows: Sequence[dict[str, Any]] = (),
         pending: Sequence[Progress] = (),
+        told: Callable[[int, dict[str, Any]], object] = lambda step, row: None,
     ) -> None:
+        self._told = told
         self.metrics = out / METRICS
         self.log_interval = log_interval
         self.rows, self.pending = list(rows), list(pending)
@@ -113,6 +116,7 @@ class Report:
         self.rows.append(row)
         with self._going_on():
             append(self.metrics, row)
+        self._told(row["step"], row)
         with contextlib.suppress(OSError):
             self.bar.set_postfix_str(
                 f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
