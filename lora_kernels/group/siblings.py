@@ -79,10 +79,8 @@ class Siblings:
         *,
         seen: bool = False,
         devices: tuple[str, ...] | None = None,
-        shared_mask: bool = True,
     ) -> None:
         self.devices = devices
-        self.shared_mask = shared_mask
         self._count = len(layers)
         self._together = seen
         self._patience = _PATIENCE
@@ -128,13 +126,12 @@ class Siblings:
         ref = self._members[slot]
         if ref is None or ref() is not layer:
             return None  # a shallow copy
-        if kept is not None and kept.x is x and slot in kept.ys:
-            y = kept.ys.pop(slot)
+        if kept is not None and kept.x is x:
+            y = kept.ys.pop(slot, None)
             if not kept.ys:
                 self._kept = None
-            return y if _is_current(kept, slot, x, layer) else None
-        if kept is not None and kept.x is x:
-            return None  # called again: what is left is for the others
+            # None where it is called again: what is left is for the others.
+            return y if y is not None and _is_current(kept, slot, x, layer) else None
         if not self._together:
             if not is_compiling():
                 self._watch(slot, x)
@@ -176,7 +173,6 @@ class Siblings:
             scales=[part.scale for part in parts],
             dropout_p=max(drops, default=0.0),
             training=True,
-            shared_mask=self.shared_mask,
         )
         others = {i: y for i, y in enumerate(ys) if i != slot}
         if traced:
@@ -241,7 +237,7 @@ class Siblings:
         self.part()
         for layers in by_input.values():
             if len(layers) > 1:
-                Siblings(layers, seen=True, devices=self.devices, shared_mask=self.shared_mask)
+                Siblings(layers, seen=True, devices=self.devices)
 
 
 def _fits(part: Part, x: Tensor) -> bool:
