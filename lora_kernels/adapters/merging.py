@@ -17,6 +17,7 @@ from .changing import LOCK, change_of, finish
 from .experts import put
 from .feed_forwards import part_feed_forwards
 from .replacing import give_back_bases, parameter_owners, refuse_root
+from .rows import refuse_rows
 from .sharding import refuse_emptied
 from .surgery import refuse_sharded_layers
 from .tokens import folded_tokens, has_tokens, refuse_unfoldable
@@ -143,6 +144,7 @@ def _write(layer: AdapterHolder, weight: Tensor) -> None:
 def _mergeable(model: nn.Module, *, nested: bool = False) -> dict[str, AdapterHolder]:
     """The layers with an adapter in use, if they can be merged, or with ``nested`` are merged."""
     carrying = require_lora(model, "merge")
+    refuse_rows(model, "merge")
     refuse_sharded_layers(model, carrying)
     layers = {name: layer for name, layer in carrying.items() if layer.adapters_in_use}
     if not layers:

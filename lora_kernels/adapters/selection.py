@@ -17,6 +17,7 @@ from .carried import (
     require_lora,
 )
 from .changing import change_of, finish
+from .rows import Rows, check_rows, rows_of, set_rows
 from .wholes import Slot, rest_wholes, use_wholes, wake_wholes
 
 
@@ -25,7 +26,8 @@ class InUse:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._before = {id(m): (m, m.adapters_in_use) for m in lora_layers(model).values()}
+        layers = lora_layers(model).values()
+        self._before = {id(m): (m, m.adapters_in_use, rows_of(m)) for m in layers}
 
     def __enter__(self) -> None:
         return None
@@ -37,18 +39,21 @@ class InUse:
         with change_of(self._model):
             # Adapters may have come and gone meanwhile; what came is not in use.
             layers = lora_layers(self._model).values()
-            names = {name for _, used in self._before.values() for name in used}
+            names = {name for _, used, _ in self._before.values() for name in used}
             refuse_inside_block(self._model, "the end of use_lora")
             use_wholes(self._model, names)
             for layer in layers:
-                layer.use_adapters(self._before.get(id(layer), (layer, {}))[1])
+                _, used, rows = self._before.get(id(layer), (layer, {}, None))
+                layer.use_adapters(used)
+                set_rows(layer, rows)
 
 
 def use_lora(
     model: nn.Module,
-    names: str | Sequence[str] | None,
+    names: str | Sequence[str] | None = None,
     *,
     weights: float | Sequence[float] | None = None,
+    rows: Sequence[str | None] | None = None,
 ) -> InUse:
     """Compute with these adapters of ``model`` from now on, or, as a ``with``, for its length.
 
@@ -57,6 +62,10 @@ def use_lora(
     times its weight, and go to the kernels as one adapter of their total rank. On a layer that only
     some of them adapt, these alone count.
 
+    With ``rows=["fr", "en", None]`` each row of a batch is computed with an adapter of its own, in
+    training as well: as many rows as names, and where a model flattens them, each as long as the
+    others. All share one product with the base weight.
+
     Nothing is frozen or thawed: see `mark_only_lora_as_trainable`, and call it after this.
 
     Args:
@@ -64,15 +73,24 @@ def use_lora(
         names: of one adapter, or a list of several; None for the base alone.
         weights: a number for each name, by default 1. It multiplies the adapter's own scale. What
             an adapter trains whole (``modules_to_save``, ``bias``) is used as it is.
+        rows: an adapter's name, or None for the base alone, for each row of a batch, in place of
+            ``names`` and ``weights``.
 
     Raises:
         TypeError: ``names`` or ``weights`` is of another kind.
         ValueError: the model carries no LoRA or none of a name, a weight is not finite, their
             number differs, two of them train the same parameter whole, or this is inside
-            `disable_lora` or `merged_lora`. What is in use stays as it was.
+            `disable_lora` or `merged_lora`; or an adapter of ``rows`` is on experts or trains
+            something whole. What is in use stays as it was.
     """
     require_lora(model, "use_lora")
-    wanted = [] if names is None else known_adapters(model, names, "names")
+    if rows is not None and not (names is None and weights is None):
+        raise ValueError("rows came with names or weights; give either rows or names")
+    by_rows = None
+    if rows is not None:
+        wanted, by_rows = check_rows(model, rows), Rows(rows)
+    else:
+        wanted = [] if names is None else known_adapters(model, names, "names")
     numbers = _checked(weights, wanted)
     with change_of(model):
         refuse_inside_block(model, "use_lora")
@@ -80,6 +98,7 @@ def use_lora(
         use_wholes(model, wanted)
         for layer in lora_layers(model).values():
             layer.use_adapters(dict(zip(wanted, numbers, strict=True)))
+            set_rows(layer, by_rows)
         return before
 
 

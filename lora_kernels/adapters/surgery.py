@@ -28,6 +28,7 @@ from .experts import expert_parameters, find_parameters, insert_experts
 from .grouping import check_group, group_linears
 from .lookalikes import way_out
 from .replacing import give_back_bases, parameter_owners, refuse_root, replace_modules
+from .rows import refuse_rows
 from .sharding import refuse_sharded, reshard
 from .targets import (
     ADAPTABLE,
@@ -283,6 +284,7 @@ def remove_lora(model: nn.Module, name: str | None = None) -> list[str]:
 
 def _remove(model: nn.Module, name: str | None) -> list[str]:
     layers = require_lora(model, "remove_lora")
+    refuse_rows(model, "remove_lora")
     if name is not None:
         known_adapters(model, name)
         layers = {n: layer for n, layer in layers.items() if name in layer.lora_configs}

@@ -50,6 +50,12 @@ def gathered(rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     return by_token.view(-1, routing.top_k, rows.shape[1]).sum(1)
 
 
+def permuted(rows: Tensor, order: Tensor, place: Tensor) -> Tensor:
+    """``rows[order]``; ``place`` is the permutation the other way round."""
+    found: Tensor = _Permuted.apply(rows, order, place)
+    return found
+
+
 class _Spread(torch.autograd.Function):
     """Each token once for each of its choices. The gradient of a gather would be a scatter, which
     a GPU adds up in any order."""

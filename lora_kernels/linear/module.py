@@ -134,6 +134,10 @@ class LoRALinear(AdapterHolder, nn.Linear):
         """``x [..., K]`` to ``y [..., N]``, see `lora_linear`."""
         if self._lora_state != ACTIVE:
             return F.linear(x, self.weight, self.bias)
+        rows = self.__dict__.get("_lora_rows")
+        if rows is not None:
+            by_rows: Tensor = rows.serve(self, x)
+            return by_rows
         siblings = self.__dict__.get("_lora_siblings")
         if siblings is not None:
             y: Tensor | None = siblings.serve(self, x)
@@ -195,8 +199,8 @@ class LoRALinear(AdapterHolder, nn.Linear):
 
     def group_part(self, x: Tensor) -> tuple[Any, ...] | None:
         """weight, A, B, bias, scale, dropout and mode, for a call together with other layers; None
-        where not exactly one adapter is computed."""
-        if self._lora_state != ACTIVE or self._lora_one is None:
+        where not exactly one adapter is computed, the same for all rows."""
+        if self._lora_state != ACTIVE or self._lora_one is None or "_lora_rows" in self.__dict__:
             return None
         branch = self._one_branch(self._lora_one)
         return *branch, self._lora_scale, self._lora_dropout, self.training
@@ -220,6 +224,7 @@ _OWN = (
     "_lora_dropout",
     "_lora_one",
     "_lora_scale",
+    "_lora_rows",
     "_lora_siblings",
     "_lora_slot",
     "_lora_state",
