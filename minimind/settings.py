@@ -22,6 +22,7 @@ class TrainingConfig:
         warmup_steps: optimizer steps of linear warm-up before the cosine.
         accumulation_steps: batches an optimizer step; the last window of an epoch may be shorter.
         grad_clip: largest norm of the gradient; 0 turns clipping off.
+        skip_bad_steps: pass over a step whose loss or gradient is not finite, instead of ending.
         log_interval: optimizer steps between two log records.
         save_interval: optimizer steps between two resume points; 0 saves at the end only.
         seed: order of the samples, dropout and initial values.
@@ -34,6 +35,7 @@ class TrainingConfig:
     warmup_steps: int = 0
     accumulation_steps: int = 1
     grad_clip: float = 1.0
+    skip_bad_steps: bool = False
     log_interval: int = 10
     save_interval: int = 0
     seed: int = 0
@@ -107,6 +109,10 @@ class Settings:
     warmup_steps: int = _option(0, "optimizer steps of linear warm-up")
     accumulation_steps: int = _option(1, "batches an optimizer step")
     grad_clip: float = _option(1.0, "largest norm of the gradient, 0 for none")
+    skip_bad_steps: bool = _option(
+        False,
+        "pass over steps whose loss or gradient is not finite, and count them, instead of stopping",
+    )
     max_length: int = _option(512, "tokens a conversation; longer ones are cut")
     dim: int | None = _option(
         None, "width of a random base (default: 512), or what the base must have"

@@ -87,6 +87,11 @@ def _ranks(job: Job) -> str:
 def closing(job: Job) -> str:
     """Where the results are and what to do next, as text."""
     records = written(job.out, RUN, METRICS, ANSWERS, PLOT)
+    if skipped := job.trainer.skipped:
+        records += (
+            f"\n{skipped} of {job.trainer.total_steps} steps were skipped: their loss or gradient "
+            "was not finite"
+        )
     if not job.lora:
         return (
             f"\nwrote {job.out}/: model.safetensors, config.json, tokenizer, {records}\n"

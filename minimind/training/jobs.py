@@ -107,6 +107,8 @@ def _run(job: Job, stop: Stop, trackers: Trackers) -> None:
                     raise Stopped(signum)
 
             trainer.run(after_step)
+    except TrainingError as error:
+        raise TrainingError(f"{error}; {_left(job)}") from None
     except KeyboardInterrupt as error:
         if trainer.updating or not agreed:
             say("\nstopped within a step; the last resume point, if there is one, stands")

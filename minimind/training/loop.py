@@ -6,6 +6,7 @@ It knows nothing of LoRA: which parameters learn, and what is saved, are argumen
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from lora_kernels.adapters import whole
 
 from ..data.sft import LengthGroupedBatches, SFTDataset
 from ..settings import TrainingConfig
+from .bad_steps import refuse_other_moments, samples_in_words
 from .parallel import ALONE, Processes, sharded_like
 
 DTYPES = {
@@ -27,6 +29,10 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+# Skipped in a row, this many steps are no accident; float16's scale would have fallen to nothing.
+MOST_SKIPPED = 50
 
 
 class TrainingError(ValueError):
@@ -41,7 +47,8 @@ class Progress:
     """What one optimizer step tells.
 
     ``loss`` and ``aux_loss`` are means over its supervised tokens; ``tokens`` counts all that the
-    model read, padding included.
+    model read, padding included. ``skipped`` says that the parameters were left as they were,
+    ``scale`` is what float16's losses are multiplied by.
     """
 
     step: int
@@ -52,6 +59,8 @@ class Progress:
     lr: float
     tokens: int
     seconds: float
+    skipped: bool = False
+    scale: float | None = None
 
 
 def learning_rate(step: int, total_steps: int, lr: float, warmup_steps: int = 0) -> float:
@@ -143,6 +152,7 @@ class Trainer:
         self.step = 0
         self.updating = False  # while true, the parameters are between two steps
         self.draws = False  # whether the steps have drawn random numbers
+        self.skipped, self._in_a_row = 0, 0  # steps that left the parameters as they were
         # Of the moment before an unfinished step, which a resumed run does again.
         self._rng_before: dict[str, Tensor] | None = None
 
@@ -208,18 +218,30 @@ class Trainer:
         mean_loss, mean_aux_loss = self.processes.sum(loss.item(), aux_loss.item())
         # The scaler of float16 expects overflowing gradients now and then, and skips the update.
         finite_gradient = math.isfinite(norm) or self.scaler.is_enabled()
-        if not (math.isfinite(mean_loss) and finite_gradient):
+        bad = not (math.isfinite(mean_loss) and finite_gradient)
+        if bad and not self.config.skip_bad_steps:
             raise TrainingError(
                 f"the loss is {mean_loss}, its gradient's norm {norm} at step {self.step + 1}; "
-                f"lower lr (now {self.config.lr:g}), clip harder, or use float32"
+                f"lower lr (now {self.config.lr:g}), clip harder, or use float32; the step read "
+                f"{self._samples(window)}; the weights are those of step {self.step}"
             )
         self.updating = True
-        self.scaler.step(self.optimizer)
+        scale = self.scaler.get_scale()
+        if not bad:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
+        skipped = bad or self.scaler.get_scale() < scale
+        self.skipped += skipped
+        self._in_a_row = self._in_a_row + 1 if skipped else 0
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._rng_before = None
         self.updating = False
+        if self._in_a_row >= MOST_SKIPPED:
+            raise TrainingError(
+                f"{self._in_a_row} steps in a row were skipped, up to step {self.step}, since "
+                "their loss or gradient was not finite; lower lr, or use float32 or bfloat16"
+            )
         return Progress(
             step=self.step,
             total_steps=self.total_steps,
@@ -229,7 +251,17 @@ class Trainer:
             lr=lr,
             tokens=sum(x.numel() for x, _, _ in window),
             seconds=time.perf_counter() - start,
+            skipped=skipped,
+            scale=self.scaler.get_scale() if self.scaler.is_enabled() else None,
         )
+
+    def _samples(self, window: list[list[Tensor]]) -> str:
+        first = self.step % self.steps_per_epoch * self.config.accumulation_steps
+        batches = itertools.islice(self.batches, first, first + len(window))
+        numbers = [number for batch in batches for number in batch]
+        rows = [] if self.processes.several else [r for b in window for r in zip(*b, strict=True)]
+        with autocast(self.device, self.dtype):
+            return samples_in_words(self.model, numbers, rows, self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """All that, with the parameters, makes a resumed run equal an unbroken one.
@@ -244,6 +276,7 @@ class Trainer:
             "optimizer": self.processes.whole(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "draws": self.draws,
+            "skipped": self.skipped,
             "others": others,
             **mine,
         }
@@ -282,7 +315,8 @@ class Trainer:
                 f"the resume point is of a run of {len(others) + 1} processes with dropout, which "
                 f"{size} would draw differently; resume with {len(others) + 1}"
             )
-        self.step, self.draws = state["step"], draws
+        self.step, self.draws, self.skipped = state["step"], draws, state.get("skipped", 0)
+        refuse_other_moments(state["optimizer"], self.optimizer, self.parameters)
         self.optimizer.load_state_dict(sharded_like(state["optimizer"], self.parameters))
         self.scaler.load_state_dict(state["scaler"])
         if rank > len(others):

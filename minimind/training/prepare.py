@@ -31,6 +31,7 @@ from .directory import RESUME, RUN, claim_directory, left_over
 from .loop import DTYPES, Trainer, best_dtype
 from .parallel import ALONE, Processes
 from .report import say, warn
+from .resuming import refuse_strange
 from .trackers import parse_trackers
 
 BASE_DIRECTORY = Path(__file__).parents[1] / "assets" / "base"
@@ -321,8 +322,10 @@ def _take_up_weights(model: MiniMindLM, weights: dict[str, Any], lora: bool) -> 
 def _resuming() -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"the run cannot be resumed: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # of a point whose structure is another
+        raise ValueError(f"the run cannot be resumed: {str(error)[:1500]}") from error
 
 
 def _read_resume(directory: Path, lora: bool) -> tuple[Settings, dict[str, Any]]:
@@ -343,9 +346,13 @@ def _read_resume(directory: Path, lora: bool) -> tuple[Settings, dict[str, Any]]
         state = torch.load(directory / RESUME, map_location="cpu", weights_only=True)
         begun = run["command"]
         state = {name: state[name] for name in ("weights", "trainer", "before", "report")}
+        refuse_strange(state)
+    except MemoryError:
+        raise
     except Exception as error:  # torch.load raises anything at all on damaged files
         raise ValueError(
-            f"the run in {directory} cannot be resumed, {RUN} or {RESUME} is damaged: {error!r}"
+            f"the run in {directory} cannot be resumed, {RUN} or {RESUME} is damaged: "
+            f"{repr(error)[:1500]}"
         ) from None
     if begun != command:
         raise ValueError(f"{directory} holds a run of `minimind {begun}`; resume it with that")

@@ -119,7 +119,7 @@ class Report:
         self._told(row["step"], row)
         with contextlib.suppress(OSError):
             self.bar.set_postfix_str(
-                f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
+                f"loss {math.nan if row['loss'] is None else row['loss']:.4f}, lr {row['lr']:.2e}, "
                 f"{row['tokens_per_second']:,.0f} tokens/s"
             )
 
@@ -144,11 +144,16 @@ class Report:
         tokens = sum(p.tokens for p in self.pending)
         seconds = sum(p.seconds for p in self.pending)
         last = self.pending[-1]
+        finite = [p for p in self.pending if math.isfinite(p.loss)]
+        skipped = sum(p.skipped for p in self.pending)
         return {
             "step": last.step,
             "epoch": last.epoch,
-            "loss": _mean([p.loss for p in self.pending]),
-            "aux_loss": _mean([p.aux_loss for p in self.pending]),
+            # Of steps that were skipped for it, a loss that is no number is left out.
+            "loss": _mean([p.loss for p in finite]) if finite else None,
+            "aux_loss": _mean([p.aux_loss for p in finite]) if finite else None,
+            **({"skipped_steps": skipped} if skipped else {}),
+            **({} if last.scale is None else {"loss_scale": last.scale}),
             "lr": last.lr,
             "tokens_per_second": round(tokens / seconds, 1),
         }
@@ -252,7 +257,7 @@ def plot_loss(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     axes = figure.add_subplot()
     axes.plot(
         [row["step"] for row in steps],
-        [row["loss"] for row in steps],
+        [math.nan if row["loss"] is None else row["loss"] for row in steps],
         color="tab:blue",
         marker="." if len(steps) < 30 else "",
         label="training loss",

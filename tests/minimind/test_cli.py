@@ -220,7 +220,9 @@ def test_sft_trains_a_whole_model_that_chat_takes(here, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_run(here, capsys):
     assert finetune("--out", "o", "--lr", "1e30", "--epochs", "5", "--grad-clip", "0") == 2
-    assert "lower lr" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "lower lr" in said and "the step read " in said
+    assert "; there is no resume point" in said
     assert not (here / "o" / "adapter.safetensors").exists()
 
 
@@ -264,7 +266,7 @@ def test_the_walkthroughs_options_are_all_there(capsys):
     said = capsys.readouterr().out
     names = """data out base tokenizer epochs batch-size lr warmup-steps accumulation-steps
         grad-clip max-length rank alpha dropout targets device dtype num-workers log-interval
-        save-interval seed resume dim n-layers use-moe"""
+        skip-bad-steps save-interval seed resume dim n-layers use-moe"""
     for name in names.split():
         assert f"--{name} " in said, name
 
