@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .kernels import GROUP_KERNELS, KERNELS
+from .kernels import GATE_KERNELS, GROUP_KERNELS, KERNELS
 from .proof.commands import TARGETS, run_adopt, run_check, run_pack, run_resources
 
 LAYERS, GROUPS = "layers", "groups"
@@ -128,12 +128,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="append each result to this file when its case ends, as a line of JSON",
     )
-    _add_common(check, (*KERNELS, *GROUP_KERNELS, LAYERS, GROUPS))
+    _add_common(check, (*KERNELS, *GROUP_KERNELS, *GATE_KERNELS, LAYERS, GROUPS))
 
     text = "compile every kernel for a GPU, without it"
     resources = add("resources", text, (_RESOURCES, _RESOURCES_NEXT), run_resources)
     _add_target(resources)
-    _add_common(resources, (*KERNELS, *GROUP_KERNELS))
+    _add_common(resources, (*KERNELS, *GROUP_KERNELS, *GATE_KERNELS))
 
     text = "compile for a GPU, without it, into a file that travels"
     pack = add("pack", text, (_PACK, _PACK_NEXT), run_pack)

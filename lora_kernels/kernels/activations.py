@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+GATE_KERNELS = ("gate_forward", "gate_backward")  # of `gated`
 _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 

@@ -18,7 +18,7 @@ from .launching import Layout, Prepared, layout_of
 from .tiles import TRITON_DTYPES, cast, ceil_div
 
 # Eight elements a thread: 16 bytes of a 16-bit dtype.
-_BLOCK, _WARPS = 1024, 4
+BLOCK, WARPS = 1024, 4
 
 
 @triton.jit
@@ -129,18 +129,18 @@ def plan_gate_forward(
     rows, width = _as_one_row(gate, up)
     launch = Prepared(
         gate_forward_kernel,
-        rows * ceil_div(width, _BLOCK),
-        _WARPS,
+        rows * ceil_div(width, BLOCK),
+        WARPS,
         1,
         {
             "width": width,
-            "blocks": ceil_div(width, _BLOCK),
+            "blocks": ceil_div(width, BLOCK),
             "stride_gate": gate.stride[0],
             "stride_up": up.stride[0],
             "stride_h": h.stride[0],
             "DTYPE": TRITON_DTYPES[gate.dtype],
             "ACT": activation,
-            "BLOCK": _BLOCK,
+            "BLOCK": BLOCK,
         },
     )
 
@@ -175,12 +175,12 @@ def plan_gate_backward(
     rows, width = _as_one_row(dh, gate, up)
     launch = Prepared(
         gate_backward_kernel,
-        rows * ceil_div(width, _BLOCK),
-        _WARPS,
+        rows * ceil_div(width, BLOCK),
+        WARPS,
         1,
         {
             "width": width,
-            "blocks": ceil_div(width, _BLOCK),
+            "blocks": ceil_div(width, BLOCK),
             "stride_dh": dh.stride[0],
             "stride_gate": gate.stride[0],
             "stride_up": up.stride[0],
@@ -188,7 +188,7 @@ def plan_gate_backward(
             "DTYPE": TRITON_DTYPES[gate.dtype],
             "ACT": activation,
             "NEED_H": need_h,
-            "BLOCK": _BLOCK,
+            "BLOCK": BLOCK,
         },
     )
 

@@ -33,11 +33,12 @@ from .cases import (
     served,
 )
 from .closeness import TF32_ROUNDING, distance
+from .gate_cases import GateCase, gate_cases
 from .group_cases import GroupCase, GroupLayerCase
 from .group_probes import group_kernel_cases, group_layer_cases
 from .workers import Lost, processors, progress, spread
 
-AnyCase = Case | LayerCase | GroupCase | GroupLayerCase
+AnyCase = Case | LayerCase | GroupCase | GroupLayerCase | GateCase
 # The interpreter stands in for the GPU with the most kernels, as it does for the operators.
 INTERPRETED_CAPABILITY = (9, 0)
 
@@ -296,9 +297,10 @@ def plan(*, quick: bool = False, only: Sequence[str] = ()) -> tuple[list[AnyCase
     options = {"quick": quick, "tf32": not interpreted}
     cases: list[AnyCase] = []
     left_out = []
-    kernels: tuple[Case | GroupCase, ...] = (
+    kernels: tuple[Case | GroupCase | GateCase, ...] = (
         *kernel_cases(capability, sizes, **options),
         *group_kernel_cases(capability, sizes, **options),
+        *gate_cases(sizes, quick=quick),
     )
     for kernel_case in kernels:
         if not only or kernel_case.kernel in only:

@@ -33,6 +33,7 @@ from ..kernels.launching import Launch
 from ..kernels.tuning import Shape
 from .cases import EXACT_SCALE, LayerCase, products_in
 from .check import ON_GPU, AnyCase, kernel_cases, layer_cases
+from .gate_cases import gate_cases
 from .group_probes import group_pack_cases
 from .packs import LOCAL, Packed, read, write
 from .resources import launches_of
@@ -82,7 +83,7 @@ def pack_cases(capability: tuple[int, int]) -> list[AnyCase]:
         options = {"dropout_p": p, "wide": True, "scale": EXACT_SCALE}
         layers.append(LayerCase(forward, dx, capability, torch.bfloat16, shape, **options))
     cases += [layer for layer in layers if not layer.refusal]
-    return cases + group_pack_cases(capability, ON_GPU)
+    return cases + group_pack_cases(capability, ON_GPU) + gate_cases(ON_GPU)
 
 
 def pack(

@@ -27,9 +27,12 @@ from ..kernels import tuning
 from ..kernels.launching import Launch, recording
 from ..kernels.tuning import Config, Shape
 from .cases import EXACT_SCALE, NARROW, PRODUCTS, Case, Tensors, products_in, ranks_of, served
+from .gate_cases import GateCase, gate_sweep_cases
 from .group_cases import MANY, ONE, GroupCase
 from .group_probes import HOPPER, group_sweep_cases
 from .workers import Lost, processors, progress, spread
+
+AnyKernel = Case | GroupCase | GateCase
 
 _TYPES = {
     torch.float32: "fp32",
@@ -56,7 +59,7 @@ class Resources(NamedTuple):
     tensor_cores: dict[str, int]
 
 
-def launches_of(case: Case | GroupCase, operands: Tensors, sms: int) -> list[Launch]:
+def launches_of(case: AnyKernel, operands: Tensors, sms: int) -> list[Launch]:
     """What a case launches on ``operands``, which may be on ``meta``, recorded and not run."""
     with recording(sms) as launches:
         case.run(operands)
@@ -243,7 +246,8 @@ def sweep(
         only: names of kernels, empty for all.
         jobs: processes; by default as many as there are processors.
     """
-    every: list[Case | GroupCase] = [*sweep_cases(capability), *group_sweep_cases(capability)]
+    every: list[AnyKernel] = [*sweep_cases(capability), *group_sweep_cases(capability)]
+    every += gate_sweep_cases()
     cases = [case for case in every if not only or case.kernel in only]
     tasks = [(case, capability, sms) for case in cases]
     found: list[list[_Compiled]] = [[] for _ in cases]
@@ -266,7 +270,7 @@ def versions(capability: tuple[int, int]) -> dict[str, str]:
     return {"triton": triton.__version__, "ptxas": ptxas.version}
 
 
-def _entry(case: Case | GroupCase, one: _Compiled, capability: tuple[int, int]) -> Entry:
+def _entry(case: AnyKernel, one: _Compiled, capability: tuple[int, int]) -> Entry:
     of_case = one.kernel != "sum_partials"
     problem, warning = one.error, ""
     if one.resources is not None:
@@ -311,7 +315,7 @@ def _per_sm(config: Config, resources: Resources, limit: int) -> int:
     return min(65536 // registers, (limit + 1024) // (resources.shared + 1024))
 
 
-def compile_case(task: tuple[Case | GroupCase, tuple[int, int], int]) -> list[_Compiled]:
+def compile_case(task: tuple[AnyKernel, tuple[int, int], int]) -> list[_Compiled]:
     """Record what a case launches on the meta device, and compile it."""
     case, capability, sms = task
     with products_in(case.tf32):

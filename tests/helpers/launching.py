@@ -59,6 +59,7 @@ def every_case(target: str) -> list[check.AnyCase]:
     return [
         *check.kernel_cases(capability, check.ON_GPU, **options),
         *check.group_kernel_cases(capability, check.ON_GPU, **options),
+        *check.gate_cases(check.ON_GPU),
         *(layer for layer in layers if not layer.refusal),
     ]
 
