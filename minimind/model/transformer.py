@@ -14,12 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .config import LMConfig
+from .cross_entropy import chunked_cross_entropy, fits_whole, is_plain
 from .layers import (
     INIT_STD,
     Attention,
@@ -118,7 +120,7 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
 
     def _apply(self, fn: Any, recurse: bool = True) -> MiniMindLM:
         # `to_empty` and moves off the meta device make a new tensor for each module.
-        head = self.get_output_embeddings()
+        head: Any = self.get_output_embeddings()
         tied = getattr(head, "weight", None) is self.get_input_embeddings().weight
         super()._apply(fn, recurse)
         if tied:
@@ -228,7 +230,7 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
             x, layer_aux_loss = block(x, rotary, mask, is_causal, past_key_values)
             aux_loss = aux_loss if layer_aux_loss is None else aux_loss + layer_aux_loss
         x = self._body.norm(x)
-        head = self.get_output_embeddings()
+        head: Any = self.get_output_embeddings()
         logits, loss = None, None
         if labels is None:
             kept = logits_to_keep
@@ -239,8 +241,14 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
             loss = _mean_cross_entropy(logits[:, :-1].flatten(0, 1), targets, num_items_in_batch)
         else:
             supervised = loss_mask[:, 1:].bool()
-            scored = head(x[:, :-1][supervised])
-            loss = _mean_cross_entropy(scored, labels[:, 1:][supervised], num_items_in_batch)
+            hidden, targets = x[:, :-1][supervised], labels[:, 1:][supervised]
+            if is_compiling() or not is_plain(head) or fits_whole(len(hidden), head.out_features):
+                loss = _mean_cross_entropy(head(hidden), targets, num_items_in_batch)
+            else:
+                total = chunked_cross_entropy(
+                    hidden, head.weight, head.bias, targets, IGNORED_LABEL
+                )
+                loss = _mean(total, targets, num_items_in_batch)
         cached: dict[str, Any] = {_CACHE_FIELD: past_key_values}
         result = MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **cached)
         as_dict = self.config.return_dict if return_dict is None else return_dict
@@ -266,6 +274,10 @@ def _mean_cross_entropy(
     """
     logits = at_least_float32(logits)
     total = F.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction="sum")
+    return _mean(total, targets, count)
+
+
+def _mean(total: Tensor, targets: Tensor, count: int | Tensor | None) -> Tensor:
     if count is None:
         count = (targets != IGNORED_LABEL).sum()
     return total / torch.as_tensor(count, device=total.device).clamp(min=1)

@@ -17,6 +17,7 @@ from tiny_minimind import (
     tiny,
 )
 
+from lora_kernels import apply_lora, lora_parameters, mark_only_lora_as_trainable
 from minimind.model.config import LMConfig
 from minimind.model.transformer import MiniMindLM
 
@@ -171,3 +172,24 @@ def test_the_cache_counts_towards_the_longest_sequence():
     cache = model(input_ids=ids(1, 48), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="max_seq_len = 48 .* got 49"):
         model(input_ids=ids(1, 1), past_key_values=cache)
+
+
+def test_nothing_is_kept_below_the_lowest_adapted_layer():
+    """Backward stops there: what comes before needs no gradient, and keeps no activation."""
+    model = tiny(n_layers=3)
+    apply_lora(model, 2, target_modules=["layers.2.attention.wq"], verbose=False)
+    mark_only_lora_as_trainable(model)
+    kept: list[str] = []
+    for index, block in enumerate(model.layers):
+        block.register_forward_hook(
+            lambda module, args, y, i=index: kept.append(f"{i}:{y[0].requires_grad}")
+        )
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append((len(kept), t.numel())) or t, lambda t: t
+    ):
+        loss = model(ids(2, 9), labels=ids(2, 9)).loss
+    assert kept == ["0:False", "1:False", "2:True"]
+    assert saved and min(done for done, _ in saved) == 2  # none before the third layer
+    loss.backward()
+    assert all(p.grad is not None for p in lora_parameters(model))
