@@ -160,7 +160,7 @@ ROWS = (
     Row(ANY, "group_dx", 2, Config(64, 64, 64, 8, 3), m=512),
     Row(ANY, "group_dx", 2, Config(128, 128, 64, 8, 3), shared=BIG),
     Row(ANY, "group_dx", 2, Config(128, 128, 32, 8, 3)),
-    Row(ANY, "group_dx", 4, Config(64, 64, 32, 8, 2)),
+    Row(ANY, "group_dx", 4, Config(64, 64, 16, 8, 2)),
     # No two programs an SM: with four loops in turn 255 registers would not do for each thread.
     Row((9, 0), "group_dx_hopper", 2, Config(128, 128, 64, 8, 4), k=2048),
     Row((9, 0), "group_dx_hopper", 2, Config(128, 128, 64, 8, 4), n=1024),
