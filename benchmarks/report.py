@@ -17,7 +17,7 @@ from .measure import Spread, spread
 from .measure import ratio as ratio_of
 
 Row = dict[str, Any]
-SUITES = ("linear", "groups", "feed_forward", "block", "training", "files")
+SUITES = ("linear", "groups", "feed_forward", "experts", "block", "training", "files")
 # What `--readme` fills.
 MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 README_COLUMNS = ("three calls", "three calls, addmm", "peft", "peft, bf16 adapters", "ours")

@@ -94,6 +94,24 @@ def test_an_adapter_without_rows_gets_nothing():
     assert any(p.grad.count_nonzero() for p in lora_parameters(model, "fr"))
 
 
+def test_a_whole_feed_forward_is_by_rows_too():
+    """One adapter in use on all of its linears, which are then computed as a whole elsewhere."""
+    model = family("llama")
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    apply_lora(model, 3, target_modules=targets, name="fr", verbose=False)
+    for parameter in lora_parameters(model):
+        nn.init.normal_(parameter, std=0.3)
+    alone = by_itself(model, "fr", slice(2))
+    use_lora(model, rows=["fr", None])
+    found = model(IDS[:2]).logits
+    torch.testing.assert_close(found[0], alone[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1:], family("llama")(IDS[1:2]).logits)
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.group_part(torch.ones(2, 32)) is None
+    use_lora(model, "fr")
+    assert layer.group_part(torch.ones(2, 32)) is not None
+
+
 def test_it_ends_with_its_block_or_with_other_names():
     model = adapted()
     with use_lora(model, "fr"):
