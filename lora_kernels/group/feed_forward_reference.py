@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 
 from ..kernels.activations import activate, gate_backward, gate_forward, slope_times
 from ..kernels.dropout import unpack_bits
-from ..linear.reference import WIDENED_ROWS, is_narrow
+from ..linear.reference import WIDENED_ROWS, as_dtype, is_narrow
 from . import reference
 from .reference import GroupGrads, GroupNeeds
 
@@ -125,7 +125,7 @@ def _forward_rows(
     h = gate_forward(gate, up, activation)
     keep = _unpacked(bits[1], h.shape[1])
     (y,), ha = reference.forward(h, *down, scales[DOWN], keep, p)
-    return y, Piece(gate.to(dtype), up.to(dtype), xa, ha)
+    return y, Piece(as_dtype(gate, dtype), as_dtype(up, dtype), xa, ha)
 
 
 def backward(
@@ -274,7 +274,8 @@ def _joined(
 ) -> Tensor:
     """``part`` put into its place of the whole, which the first one makes."""
     if rows == slice(None):
-        return part.to(dtype)
+        # torch 2.11 traces an output converted to what it is into gradients silently zero.
+        return as_dtype(part, dtype)
     if whole is None:
         whole = part.new_empty((count, part.shape[1]), dtype=dtype)
     whole[rows] = part
