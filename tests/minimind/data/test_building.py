@@ -298,6 +298,8 @@ def test_without_a_cache_tokens_lie_where_they_are_forgotten(data, tokenizer, la
     store = open_store(data, tokenizer, 99, cache=IN_MEMORY)
     place = store.directory
     assert isinstance(store, MappedStore) and place.is_dir()
+    building._forget(place, os.getpid() + 1)  # as in a process that was forked from this one
+    assert place.is_dir()
     del store
     assert not place.exists()
 

@@ -177,3 +177,14 @@ def test_of_no_samples_come_empty_arrays():
     chunk = Encoder(load_tokenizer(), 99, "a", Reader()).rows([])
     assert chunk.tokens.tolist() == chunk.lengths.tolist() == chunk.flags.tolist() == []
     assert chunk.samples == [] and chunk.tokens.dtype == np.uint16
+
+
+def test_a_first_token_alone_teaches_nothing():
+    # Nothing comes before it that could predict it.
+    tokenizer = load_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    turns = [{"role": "assistant", "content": "a"}, {"role": "user", "content": " b"}]
+    rows = [(1, {"messages": turns}), (2, {"messages": [turns[1], turns[0]]})]
+    chunk = Encoder(tokenizer, 99, "a", Reader()).rows(rows)
+    assert chunk.lengths.tolist() == [0, 2] and chunk.wholes.tolist() == [2, 2]
+    assert chunk.flags.tolist() == [TEACHES, TEACHES]
