@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -26,9 +27,23 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
+        sync_directory(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Have the names in a directory on the disk, where the system can be asked for it.
+
+    A rename that a failing machine forgets would leave the old file, or none.
+    """
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -52,8 +67,10 @@ def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
                 os.fsync(file.fileno())
         if fresh:
             stage.rename(directory)
+            sync_directory(directory.parent)
         else:
             _swap(stage, directory, list(files))
+            sync_directory(directory)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 

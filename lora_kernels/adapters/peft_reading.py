@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..config import BIASES, LayerConfig, check_alpha, check_dropout, check_rank
+from .checksums import refuse_other_bytes
 from .content import Content
 from .files import refuse_strange_file
 from .patterns import NamePatterns
@@ -98,7 +99,13 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], Content]:
     whole: dict[str, Any] = {}
     copies: dict[str, Any] = {}
     path = directory / names[0]
-    content = read_pickled(path) if old else dict(LazyTensors(path))
+    content: dict[str, Any] = {}
+    if old:
+        content = read_pickled(path)
+    else:
+        lazy = LazyTensors(path)
+        content = dict(lazy)
+        refuse_other_bytes(lazy.metadata, content)
     for key, tensor in content.items():
         # A prefix may stand before PEFT's own, too, if the wrapped model was saved.
         head, prefix, rest = key.partition(PREFIX)

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..linear.factors import DEFAULT
 from .carried import Part
+from .checksums import to_bytes
 from .files import write_together
 from .peft_experts import peft_factors, peft_names, refuse_dropout
 from .peft_reading import CONFIG, FACTORS, PREFIX, TENSORS
@@ -46,7 +46,7 @@ def write_directory(
     if not is_writer(layer.lora.A.weight for layer in layers.values()):
         return
     text = json.dumps(config, indent=2) + "\n"
-    write_together(directory, {TENSORS: save(tensors, {"format": "pt"}), CONFIG: text.encode()})
+    write_together(directory, {TENSORS: to_bytes(tensors, {"format": "pt"}), CONFIG: text.encode()})
 
 
 def _contents(

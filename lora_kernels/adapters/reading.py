@@ -19,6 +19,7 @@ from torch import Tensor
 from ..config import LayerConfig
 from ..linear.factors import DEFAULT
 from ..linear.module import DTYPES
+from .checksums import CHECKSUM, refuse_other_bytes
 from .content import Content, RenamedTensors
 from .peft_reading import CONFIG, TENSORS, holds_peft_files, read_directory
 from .targets import strip_wrappers
@@ -121,6 +122,8 @@ def _read(path: Path, adapter: str | None) -> tuple[dict[str, Any], Content]:
         if kind == "torch":
             return _sorted(_of_one(read_pickled(path), adapter), None)
         lazy = LazyTensors(path)
+        if CHECKSUM in lazy.metadata:
+            refuse_other_bytes(lazy.metadata, lazy)
         return _sorted(_of_one(lazy, adapter), lazy.metadata.get(METADATA))
     except ValueError as error:
         raise AdapterMismatchError(f"{path}: {error}") from None

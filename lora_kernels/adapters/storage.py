@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..linear.factors import DEFAULT, check_adapter_name, factor_dtype
+from . import checksums
 from .carried import Part, adapters_in_use, parts, refuse_inside_block, require_parts
 from .changing import change_of, write_together
 from .content import Content
@@ -133,7 +133,7 @@ def save_lora(
         trained = [name for name in wholes if name not in frozen]
         description |= {"whole": trained, "copies": frozen}
     metadata = {"format": "pt", METADATA: json.dumps(description)}
-    write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
+    write_atomically(path, lambda temporary: checksums.write(temporary, state, metadata))
 
 
 def load_lora(

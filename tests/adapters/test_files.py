@@ -61,7 +61,7 @@ def test_a_failed_first_write_leaves_nothing(tmp_path, monkeypatch, step):
     def full_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(*[(os, "fsync"), (peft_writing, "save")][step], full_disk)
+    monkeypatch.setattr(*[(os, "fsync"), (peft_writing, "to_bytes")][step], full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_lora(trained(Model()), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []

@@ -22,6 +22,7 @@ from lora_kernels import (
     lora_state_dict,
     save_lora,
 )
+from lora_kernels.adapters.checksums import CHECKSUM, checksum
 from lora_kernels.adapters.reading import holds_adapter, read_adapter
 
 
@@ -44,8 +45,9 @@ def test_the_two_files(tmp_path):
     source = trained(Model(), rank=2, alpha=3, rank_pattern={"gate": 1}, dropout=0.25)
     save_lora(source, tmp_path / "deep" / "a")
     with safe_open(tmp_path / "deep" / "a" / TENSORS, "pt") as file:
-        assert file.metadata() == {"format": "pt"}
-        shapes = {key: file.get_tensor(key).shape for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        assert file.metadata() == {"format": "pt", CHECKSUM: checksum(tensors)}
+        shapes = {key: tensor.shape for key, tensor in tensors.items()}
     assert shapes == {
         "base_model.model.blocks.0.q.lora_A.weight": (2, 8),
         "base_model.model.blocks.0.q.lora_B.weight": (8, 2),

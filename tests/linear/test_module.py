@@ -205,3 +205,24 @@ def test_dropout_can_be_changed_for_further_training():
     with pytest.raises(ValueError, match="dropout must be in"):
         layer.set_dropout(1.0)
     assert layer.dropout == 0.5
+
+
+def test_a_layer_has_rank_sixteen_unless_asked_otherwise():
+    assert LoRALinear(4, 4).rank == LoRALinear.from_linear(nn.Linear(4, 4)).rank == 16
+
+
+@pytest.mark.parametrize("factors", [torch.float32, torch.float64])
+def test_one_vector_is_a_batch_of_one(factors):
+    """Also with factors of another dtype, whose gradients are theirs."""
+    layer = LoRALinear(4, 3, rank=2, dtype=torch.float64, lora_dtype=factors)
+    nn.init.normal_(layer.lora.B.weight)
+    x, found = torch.randn(4, dtype=torch.float64), []
+    for rows in (x, x[None]):
+        rows = rows.clone().requires_grad_()
+        y = layer(rows)
+        assert y.shape == (*rows.shape[:-1], 3) and y.dtype == torch.float64
+        grads = torch.autograd.grad(y.sum(), [rows, *layer.parameters()])
+        assert [g.dtype for g in grads[-2:]] == [factors, factors]
+        found.append([y.flatten(), grads[0].flatten(), *grads[1:]])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
