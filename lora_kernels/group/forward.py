@@ -39,16 +39,18 @@ def forward(
     seed: Tensor | None,
     dropout_p: float,
     capability: tuple[int, int],
+    apart: bool = False,
 ) -> Found:
     """The ``ys``, ``xa`` and the keep bits, by the strategy that `tuning` gives for the group.
 
     x ``[M, K]`` and no dimension 0, up to `members.MOST` members; otherwise as `reference.forward`,
-    with a seed for the mask. The ys are slices of one ``[M, ΣN]`` where one product made them.
+    with a seed for the mask. The ys are slices of one ``[M, ΣN]`` where one product made them, but
+    not if they are to be ``apart``.
     """
     low = x.data_ptr()
     for weight in weights:
         low |= weight.data_ptr()
-    together = packed(weights) if len(weights) > 1 else None
+    together = packed(weights) if len(weights) > 1 and not apart else None
     settings = (
         tuple(scales),
         None if seed is None else dropout_p,

@@ -44,15 +44,20 @@ def forward(
     seed: Tensor | None,
     scales: Sequence[float],
     dropout_p: float,
+    apart: bool = False,
 ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
-    """``(ys, xa, keep_bits)`` of 2-D x by the kernels; without a seed the bits are None."""
+    """``(ys, xa, keep_bits)`` of 2-D x by the kernels; without a seed the bits are None.
+
+    ``apart`` as in the kernels' `forward`.
+    """
     if not x.numel() or any(0 in weight.shape for weight in weights):
         ys, xa = reference.forward(x, weights, lora_as, lora_bs, biases, scales, None, 0.0)
         return ys, xa, None if seed is None else bits_like(x, seed)
     with on_device_of(x):
-        found: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None] = _kernels(
-            "forward"
-        ).forward(x, weights, lora_as, lora_bs, biases, scales, seed, dropout_p, capability_for(x))
+        capability, kernels = capability_for(x), _kernels("forward")
+        found: tuple[tuple[Tensor, ...], Tensor | None, Tensor | None] = kernels.forward(
+            x, weights, lora_as, lora_bs, biases, scales, seed, dropout_p, capability, apart
+        )
     return found
 
 
@@ -68,7 +73,8 @@ def _forward(
     dropout_p: float,
 ) -> list[Tensor]:
     """The ys, then xa and the bits, each where there is one; the ys as tensors of their own."""
-    ys, xa, bits = forward(x, weights, lora_as, lora_bs, biases, seed, scales, dropout_p)
+    operands = x, weights, lora_as, lora_bs, biases, seed, scales, dropout_p
+    ys, xa, bits = forward(*operands, apart=True)  # slices would have to be copied
     return _of_their_own([*ys, *(t for t in (xa, bits) if t is not None)])
 
 

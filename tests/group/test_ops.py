@@ -10,7 +10,9 @@ from kernel_cases import DEVICES, seed_of
 from kernel_groups import MEMBERS
 
 from lora_kernels import lora_linear_group, use_backend
+from lora_kernels.group import ops
 from lora_kernels.kernels import tuning
+from lora_kernels.kernels.launching import recording
 
 # dynamo itself makes an instance of the Function, which torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -58,3 +60,15 @@ def test_compiles_whole(strategy, device):
         pairs = zip(gradients(compiled), gradients(call), strict=True)
         for one, other in pairs:
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.interpreted
+def test_an_operator_asks_for_no_slices_that_it_would_have_to_copy():
+    members = ((16, 4, False), (8, 4, False))
+    group = kernel_groups.make(members, torch.float32, "cpu", packed=True)
+    rest = None, group.scales, 0.0
+    for forward, packed in ((ops.forward, True), (torch.ops.lora_kernels.group_forward, False)):
+        with recording() as launches, tuning.use_strategy(forward="beta1"):
+            forward(group.x, *group.kinds, *rest)
+        found = [launch.arguments for launch in launches if "PACKED" in launch.arguments]
+        assert [arguments["PACKED"] for arguments in found] == [packed]
