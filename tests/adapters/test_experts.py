@@ -36,6 +36,7 @@ from lora_kernels import (
     remove_lora,
     use_lora,
 )
+from lora_kernels.adapters import experts, merging
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT
 EVERY = pytest.mark.parametrize("family", FAMILIES)
@@ -310,3 +311,41 @@ def test_a_second_application_and_modules_trained_whole_are_refused():
             modules_to_save=["experts"],
             verbose=False,
         )
+
+
+@pytest.mark.parametrize("act", ["apply", "merge", "remove"])
+def test_what_is_stopped_midway_leaves_the_model_as_it_was_or_computing_the_same(act, monkeypatch):
+    """Memory that runs out at any of the steps; the classes of the modules come back as well."""
+
+    def classes(model):
+        return [type(module) for module in model.modules()]
+
+    for stop in range(20):
+        model = mixture("qwen3_moe") if act == "apply" else with_experts("qwen3_moe")
+        expected, before = logits(model), classes(model)
+        calls = iter(range(100))
+
+        def stopped(*args, real=experts.put, stop=stop, calls=calls):
+            if next(calls) == stop:
+                raise MemoryError
+            real(*args)
+
+        with monkeypatch.context() as patch:
+            for module in (experts, merging):
+                patch.setattr(module, "put", stopped)
+            try:
+                if act == "apply":
+                    apply_lora(model, 3, target_parameters=PARAMETERS, verbose=False)
+                elif act == "merge":
+                    merge_lora(model)
+                else:
+                    remove_lora(model)
+            except MemoryError:
+                torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+                if act != "merge":  # which may have merged some of the layers
+                    assert classes(model) == before
+                continue
+        assert stop == 4  # as many steps as parameters
+        break
+    else:
+        raise AssertionError("it never ended")
