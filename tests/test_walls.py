@@ -51,7 +51,7 @@ BY_NAME = {"lora_kernels.linear.ops", "lora_kernels.group.ops"} | {
     door for door in DOORS if door.endswith("__init__")
 }
 # Tests of no one file: of the README, of all files, and of the suites as they are run.
-OF_NO_FILE = {"test_readme.py", "benchmarks/test_suites.py", "test_walls.py"}
+OF_NO_FILE = {"test_readme.py", "test_supply.py", "benchmarks/test_suites.py", "test_walls.py"}
 
 
 def sources():
