@@ -115,7 +115,7 @@ SCRIPT = """
 import os, sys, time
 from minimind.data.workers import in_order
 def work(number):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())
     time.sleep(0.01)
 for _ in in_order(work, iter(int, 1), 2):
     pass
@@ -123,19 +123,17 @@ for _ in in_order(work, iter(int, 1), 2):
 
 
 def test_processes_of_a_killed_one_end():
-    run = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True)
-    served = {int(run.stdout.readline()) for _ in range(6)}
+    with subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True) as run:
+        served = {int(run.stdout.readline()) for _ in range(6)}
+        run.kill()
+        run.stdout.read()  # ends once nobody has it open
     assert len(served) == 2
-    run.kill()
-    run.stdout.read()  # ends once nobody has it open
-    run.stdout.close()
-    run.wait()
     for process in served:
         assert _gone(process)
 
 
 def _gone(process):
-    for _ in range(200):
+    for _ in range(1200):
         try:
             with open(f"/proc/{process}/stat") as file:
                 if file.read().rpartition(")")[2].split()[0] == "Z":
