@@ -137,7 +137,7 @@ ROWS = (
     Row((9, 0), "group_one_kernel", 2, Config(64, 64, 64, 4, 3), m=1024, r=32),
     Row((9, 0), "group_one_kernel", 2, Config(128, 128, 64, 8, 3)),
     Row(ANY, "group_one_kernel", 2, Config(64, 64, 64, 8, 3), r=32),
-    Row(ANY, "group_one_kernel", 2, Config(32, 64, 64, 4, 3)),
+    Row(ANY, "group_one_kernel", 2, Config(32, 64, 64, 8, 3)),
     # Beside a member to pick, ptxas makes room for no more.
     Row(ANY, "group_one_kernel", 4, Config(32, 32, 16, 8, 2)),
     Row(ANY, "group_y", 2, Config(64, 64, 64, 8, 3), m=512),
@@ -155,7 +155,7 @@ ROWS = (
     Row((9, 0), "group_dxa_db", 2, Config(256, 64, 0, 8, 3), r=32),
     Row((9, 0), "group_dxa_db", 2, Config(128, 64, 0, 8, 3)),
     Row(ANY, "group_dxa_db", 2, Config(128, 64, 0, 8, 2), r=32),
-    Row(ANY, "group_dxa_db", 2, Config(64, 64, 0, 8, 2)),
+    Row(ANY, "group_dxa_db", 2, Config(64, 32, 0, 8, 2)),
     Row(ANY, "group_dxa_db", 4, Config(32, 32, 0, 8, 2)),
     Row(ANY, "group_dx", 2, Config(64, 64, 64, 8, 3), m=512),
     Row(ANY, "group_dx", 2, Config(128, 128, 64, 8, 3), shared=BIG),
