@@ -181,23 +181,32 @@ def _backward_rows(
         if needs.lora_as[2] or needs.weights[2]:
             h = act * up
     width = weights[0].shape[1]
-    read = dy.new_empty(()).expand(dy.shape[0], width) if h is None else h
     keep = _unpacked(bits[1], width)
+
+    def of_down(read: Tensor, asked: GroupNeeds) -> GroupGrads:
+        operands = (dy,), read, weights, lora_as, lora_bs, ha
+        return reference.backward(*operands, scales[DOWN], keep, p, asked)
+
     asked = needs_part(needs, DOWN, inner(needs))
-    of_down = reference.backward(
-        (dy,), read, weights, lora_as, lora_bs, ha, scales[DOWN], keep, p, asked
-    )
-    del h, read
-    if of_down.dx is None or act is None or gate is None or up is None:
-        return together(None, of_down)
-    dys = gate_backward(of_down.dx, act, gate, up, activation)
+    stand_in = dy.new_empty(()).expand(dy.shape[0], width)
+    if h is None:
+        found = of_down(stand_in, asked)
+    else:
+        found = of_down(h, asked._replace(x=False))
+        del h  # before dh comes
+        if asked.x:
+            alone = GroupNeeds(True, (False,), (False,), (False,), (False,))
+            found = found._replace(dx=of_down(stand_in, alone).dx)
+    if found.dx is None or act is None or gate is None or up is None:
+        return together(None, found)
+    dys = gate_backward(found.dx, act, gate, up, activation)
     weights, lora_as, lora_bs, _ = projections.part(GATE_UP)
     keep = _unpacked(bits[0], x.shape[1])
     asked = needs_part(needs, GATE_UP, needs.x)
     of_both = reference.backward(
         dys, x, weights, lora_as, lora_bs, xa, scales[GATE_UP], keep, p, asked
     )
-    return together(of_both, of_down)
+    return together(of_both, found)
 
 
 def plain_forward(
