@@ -94,7 +94,6 @@ def test_refused_with_a_message_and_nothing_written(here, capsys, case):
         (["merge", "--base", "base", "--lora", "x.pth", "--out", "data.jsonl/o"], "x.pth"),
         (["chat", "--base", "base", "--prompt", "long " * 20000], "start a new one"),
         (["info", "nothing"], "nothing at nothing; check the path"),
-        (["info", "data.jsonl"], "data.jsonl"),
     ],
 )
 def test_other_commands_refuse_too(here, capsys, arguments, message):
