@@ -107,6 +107,11 @@ def _by_itself(kind: str) -> Choice:
     return Choice("reference", reason)
 
 
+def asked() -> str | None:
+    """What `use_backend` asked for on this thread, to be compared."""
+    return _asked.get()
+
+
 def is_named() -> bool:
     """Whether `use_backend` asked for a backend, which then serves the call or nothing does."""
     return _asked.get() is not None
@@ -252,7 +257,7 @@ def together(model: nn.Module) -> str:
     counts: dict[str, int] = {}
     for group in groups.values():
         known = [names[id(layer)] for layer in group.layers() if id(layer) in names]
-        if group.together and len(known) > 1:
+        if len(known) > 1:
             members = " + ".join(name.rpartition(".")[2] for name in known)
             counts[members] = counts.get(members, 0) + 1
     whole = sum("_lora_base" in type(module).__dict__ for module in model.modules())

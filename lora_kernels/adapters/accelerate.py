@@ -12,7 +12,8 @@ from types import ModuleType
 from torch import nn
 
 from ..dispatch import explain, together
-from .grouping import check_group, group_linears
+from .changing import change_of
+from .grouping import check_group, forget_groups, group_linears
 from .wording import listed
 
 _SHOWN = 3
@@ -107,7 +108,7 @@ def accelerate_peft(
         )
     if undo:
         back = [layer for layer in layers.values() if type(layer) is fast]
-        group_linears(model, False, (fast,))  # the feed-forwards as well
+        forget_groups(model, (fast,))
         for layer in back:
             layer.__class__ = library.Linear
         return PeftReport((), {}, dict.fromkeys(layers, "acceleration undone"), "")
@@ -117,9 +118,10 @@ def accelerate_peft(
         if type(layer) is not fast and (reason := library.lasting_refusal(layer))
     }
     taken = {name: layer for name, layer in layers.items() if name not in left}
-    for layer in taken.values():
-        layer.__class__ = fast
-    group_linears(model, group, (fast,))
+    with change_of(model):
+        for layer in taken.values():
+            layer.__class__ = fast
+        group_linears(model, group, (fast,))
     parts = {name: layer.parts() for name, layer in taken.items()}
     handing_over = {name: part for name, part in parts.items() if isinstance(part, str)}
     served = next((part for part in parts.values() if not isinstance(part, str)), None)

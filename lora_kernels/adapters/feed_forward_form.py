@@ -122,6 +122,8 @@ class _Reader:
         match node:
             case ast.Name(id=name) if name in names:
                 return names[name]
+            case ast.Name(id=name) if name in self.function.__code__.co_freevars:
+                raise _Other  # of a factory's, which each of its classes may have another of
             case ast.Name(id=name) if name in self.function.__globals__:
                 return "global", self.function.__globals__[name]
             case ast.Constant(value=value):
@@ -144,16 +146,23 @@ class _Reader:
 
 def valued(term: Term, module: nn.Module) -> Any:
     """What a term that holds neither x nor a call is on this module, None where it is nothing."""
+    try:
+        return _valued(term, module)
+    except Exception:  # of a property, which may not be ready
+        return None
+
+
+def _valued(term: Term, module: nn.Module) -> Any:
     match term:
         case ("self",):
             return module
         case ("constant" | "global", value):
             return value
         case ("attribute", of, name):
-            return getattr(valued(of, module), name, None)
+            return getattr(_valued(of, module), name, None)
         case ("named", of, name):
-            called = valued(name, module)
-            return getattr(valued(of, module), called, None) if isinstance(called, str) else None
+            called = _valued(name, module)
+            return getattr(_valued(of, module), called, None) if isinstance(called, str) else None
     return None
 
 

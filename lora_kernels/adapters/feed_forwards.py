@@ -138,6 +138,9 @@ class _Whole(nn.Module):
             return None
         return parts, activation, drops.pop()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """The base's own was called for the base; this is no class that somebody has written."""
+
     def _get_name(self) -> str:
         return self._lora_base.__name__
 

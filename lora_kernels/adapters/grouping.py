@@ -28,32 +28,48 @@ def group_linears(
     """Join the linears of each module that may be called with one tensor, or let them part; and the
     feed-forwards, see `fuse_feed_forwards`.
 
-    Those that its source calls with one variable are joined at once; of others with one input
-    width it is watched whether they are.
+    They are those that its source calls with one variable; by default not those whose outputs it
+    returns apart, of which each may get a backward of its own.
 
     Args:
         model: carries LoRA; joined anew where it was already.
-        group: None for the devices in `BY_DEFAULT`, True for all and always, False for none.
+        group: True for all devices and always, False for none, None for what was said of the model
+            before, or else for the devices in `BY_DEFAULT`.
         kinds: the classes of the linears.
     """
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    if group is None:
+        said = {choice for x in layers if (choice := x.__dict__.get(_CHOICE)) is not None}
+        group = said.pop() if len(said) == 1 else None
     devices = BY_DEFAULT if group is None else None
-    families: list[tuple[list[Any], bool]] = []
+    families: list[list[Any]] = []
     if group is not False:
         for parent in model.modules():
             if not isinstance(parent, kinds):
-                families += _families(parent, kinds)
-    fresh = [family for family in families if not _are_siblings(family[0], devices)]
-    staying = {id(layer) for family in families if family not in fresh for layer in family[0]}
-    for layer in model.modules():
-        if isinstance(layer, kinds) and id(layer) not in staying:
-            layer.__dict__.pop("_lora_siblings", None)
-            layer.__dict__.pop("_lora_slot", None)
-    for layers, seen in fresh:
-        Siblings(layers, seen=seen, devices=devices)
+                families += _families(parent, kinds, also_apart=bool(group))
+    fresh = [family for family in families if not _are_siblings(family, devices)]
+    staying = {id(layer) for family in families if family not in fresh for layer in family}
+    for layer in layers:
+        if id(layer) not in staying:
+            for own in ("_lora_siblings", "_lora_slot"):
+                layer.__dict__.pop(own, None)
+        layer.__dict__[_CHOICE] = group
+    for family in fresh:
+        Siblings(family, devices=devices)
     if group is False:
         part_feed_forwards(model)
     else:
         fuse_feed_forwards(model, devices)
+
+
+def forget_groups(model: nn.Module, kinds: tuple[type, ...]) -> None:
+    """Take away all that `group_linears` has put there."""
+    group_linears(model, False, kinds)
+    for layer in model.modules():
+        layer.__dict__.pop(_CHOICE, None)
+
+
+_CHOICE = "_lora_together"
 
 
 def _are_siblings(layers: list[Any], devices: tuple[str, ...] | None) -> bool:
@@ -67,32 +83,29 @@ def _are_siblings(layers: list[Any], devices: tuple[str, ...] | None) -> bool:
     )
 
 
-def _families(parent: nn.Module, kinds: tuple[type, ...]) -> Iterator[tuple[list[Any], bool]]:
-    """Linears of one parent and width, and whether its source calls them with one variable."""
-    children: dict[str, Any] = dict(_own_children(parent))
-    children = {name: layer for name, layer in children.items() if isinstance(layer, kinds)}
-    for names in called_together(type(parent)):  # type: ignore[arg-type]
-        layers = [children[name] for name in names if name in children]
+def _families(parent: nn.Module, kinds: tuple[type, ...], also_apart: bool) -> Iterator[list[Any]]:
+    """Linears of one parent and width that its source calls with one variable."""
+    taken: set[int] = set()
+    for children, apart in called_together(type(parent)):
+        if apart and not also_apart:
+            continue
+        layers = [layer for child in children for layer in _named(parent, child)]
+        layers = [x for x in layers if isinstance(x, kinds) and id(x) not in taken]
+        layers = list({id(layer): layer for layer in layers}.values())
         if len(layers) > 1 and len({layer.in_features for layer in layers}) == 1:
-            for name in names:
-                children.pop(name, None)
-            yield layers, True
-    by_width: dict[int, list[Any]] = {}
-    for layer in children.values():
-        by_width.setdefault(layer.in_features, []).append(layer)
-    for layers in by_width.values():
-        if len(layers) > 1:
-            yield layers, False
+            taken |= {id(layer) for layer in layers}
+            yield layers
 
 
-def _own_children(parent: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Children, and those in its lists and dictionaries of modules."""
-    if isinstance(parent, (nn.ModuleList, nn.ModuleDict)):
-        return
-    seen: set[int] = set()
-    for name, child in parent.named_children():  # each once
-        inner = child.children() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else ()
-        for one_name, one in [(name, child), *((f"{name}.{i}", c) for i, c in enumerate(inner))]:
-            if id(one) not in seen:
-                seen.add(id(one))
-                yield one_name, one
+def _named(parent: nn.Module, child: str) -> list[Any]:
+    """The modules that an entry of `Together` stands for."""
+    if child.endswith(".*"):
+        among = parent._modules.get(child[:-2])
+        return list(among.children()) if isinstance(among, nn.ModuleList) else []
+    name: Any = child
+    if child.startswith("="):
+        name = parent
+        for attribute in child[1:].split("."):
+            name = getattr(name, attribute, None)
+    module = parent._modules.get(name) if isinstance(name, str) else None
+    return [] if module is None else [module]

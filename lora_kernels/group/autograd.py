@@ -176,7 +176,7 @@ def _call(
     if (traced and learns) or _are_functorch_transforms_active():
         return _TracedGroup.apply(*operands)[: settings.members]
     if learns:
-        return _Group.apply(*operands)
+        return _Group.apply(*operands)[: settings.members]
     return _forward(*operands)[0]
 
 
@@ -204,33 +204,58 @@ def _forward(
     return ys, xa, rest.pop(0) if rest else None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], xa: Tensor | None, bits: Tensor | None) -> None:
-    """Keep what backward, and a backward of which a graph is asked for, will read."""
+def _save(ctx: Any, inputs: tuple[Any, ...], xa: Tensor | None, bits: Tensor | None) -> bool:
+    """Keep what backward will read, and no more; whether ``xa`` has to be an output.
+
+    As in `linear.autograd`: it has to where a gradient of db flows on by it alone.
+    """
     settings, x, noise, *tensors = inputs
     count = settings.members
-    ctx.settings = settings
-    ctx.like = x.shape, x.dtype
-    asked = ctx.needs_input_grad[3:]
-    # Weights, A's and B's hold gradients that read x; those of the biases do not.
-    reads_x = any(asked[: 3 * count])
+    need_x, (need_weights, need_as, need_bs, _) = _asked(ctx, count)
+    weights, lora_as, lora_bs, _ = _apart(settings, tensors)
+    need_dxa = need_x or any(need_as)
+    x_kept = any(need_as) or any(need_weights)
     mask = noise if bits is None else bits
     ctx.save_for_backward(
-        x if reads_x else None,
-        xa if any(asked[2 * count : 3 * count]) else None,
-        mask if reads_x or ctx.needs_input_grad[1] else None,
-        *tensors[: 3 * count],
+        x if x_kept else None,
+        xa if any(need_bs) else None,
+        mask if need_dxa else None,
+        *(weights if need_x else [None] * count),
+        *(lora_as if need_x else [None] * count),
+        *(b if need_x or need_a else None for b, need_a in zip(lora_bs, need_as, strict=True)),
     )
+    _note(ctx, settings, x, tensors)
+    return xa is not None and any(need_bs) and need_dxa and not (x_kept and need_x)
+
+
+def _note(ctx: Any, settings: _Settings, x: Tensor, tensors: Sequence[Tensor | None]) -> None:
+    ctx.settings = settings
+    ctx.like = [
+        None if t is None else (t.shape, t.dtype) for t in (x, *tensors[: 3 * settings.members])
+    ]
+
+
+def _asked(ctx: Any, count: int) -> tuple[bool, list[tuple[bool, ...]]]:
+    """Which gradients: of x, and of the weights, A's, B's and biases."""
+    _, need_x, _, *rest = ctx.needs_input_grad
+    return need_x, [tuple(rest[i * count : (i + 1) * count]) for i in range(4)]
 
 
 def _unpacked(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """What `_save` kept, and the needs; a tensor of x's shape that holds nothing in x's place."""
+    """What `_save` kept, and the needs; tensors that hold nothing in the place of what it did not,
+    which need only have a shape."""
     x, xa, mask, *tensors = ctx.saved_tensors  # once: checkpointing unpacks no more
-    if x is None:
-        shape, dtype = ctx.like
-        given = next(dy for dy in dys if dy is not None)
-        x = given.new_empty((), dtype=dtype).expand(shape)
+    given = next(dy for dy in dys if dy is not None)
+    x, *tensors = (
+        tensor if tensor is not None or like is None else _shaped(given, *like)
+        for tensor, like in zip((x, *tensors), ctx.like, strict=True)
+    )
     needs = ops.unflat_needs(_needed(ctx), ctx.settings.members)
     return x, xa, mask, _apart(ctx.settings, tensors)[:3], needs
+
+
+def _shaped(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return like.new_empty((), dtype=dtype).expand(shape)
 
 
 def _needed(ctx: Any) -> list[bool]:
@@ -261,23 +286,42 @@ def _backward(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ..
     return None, flat[0], None, *flat[1:]
 
 
-def _backward_with_graph(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The same by products that torch differentiates."""
-    given = next((dy for dy in dys if dy is not None), None)
+def _backward_with_graph(
+    ctx: Any, dys: Sequence[Tensor | None], d_xa: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The same by products that torch differentiates, with ``d_xa`` for the output ``xa``."""
+    given = next((dy for dy in (*dys, d_xa) if dy is not None), None)
     if given is None:
         return (None,) * (3 + 4 * ctx.settings.members)
     if autocasts(given):
         with torch.autocast(given.device.type, enabled=False):
-            return _backward_with_graph(ctx, dys)
-    x, _, keep, (weights, lora_as, lora_bs), needs = _unpacked(ctx, dys)
-    _, scales, dropout_p, path = ctx.settings
+            return _backward_with_graph(ctx, dys, d_xa)
+    x, xa, keep, *tensors = ctx.saved_tensors
+    count, scales, dropout_p, path = ctx.settings
+    (of_x, dtype), *of_tensors = ctx.like
     if path == "triton" and keep is not None:
-        keep = unpack_bits(keep, x.shape[1])
-    products = torch.float32 if path == _WIDENED else x.dtype
+        keep = unpack_bits(keep, of_x[1])
+    ranks = [None if like is None else like[0][0] for like in of_tensors[count : 2 * count]]
+    weights, lora_as, lora_bs, _ = _apart(ctx.settings, tensors)
     grads = reference.backward_with_graph(
-        dys, x, weights, lora_as, lora_bs, scales, keep, dropout_p, needs, products
+        dys,
+        d_xa,
+        x,
+        weights,
+        lora_as,
+        lora_bs,
+        xa,
+        ranks,
+        scales,
+        keep,
+        dropout_p,
+        ops.unflat_needs(_needed(ctx), count),
+        torch.float32 if path == _WIDENED else dtype,
     )
-    return _in_place(reference.in_their_dtypes(grads, x, weights, lora_as, lora_bs))
+    dtypes = [None if like is None else like[1] for like in of_tensors]
+    flat = zip(ops.flat(grads), [dtype, *dtypes, *[dtype] * count], strict=True)
+    dx, *others = (grad if grad is None else grad.to(its) for grad, its in flat)
+    return None, dx, None, *others
 
 
 def _in_place(grads: GroupGrads) -> tuple[Tensor | None, ...]:
@@ -287,21 +331,34 @@ def _in_place(grads: GroupGrads) -> tuple[Tensor | None, ...]:
 
 
 class _Group(torch.autograd.Function):
-    """`_forward` and `_backward` joined; gives the ys."""
+    """`_forward` and `_backward` joined; gives the ys, and ``xa`` where `_save` says so."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
         ys, xa, bits = _forward(*inputs)
-        _save(ctx, inputs, xa, bits)
         ctx.set_materialize_grads(False)
+        also = (xa,) if _save(ctx, inputs, xa, bits) else ()
         # Slices of one buffer are to be tensors of their own: as views none could be written to.
-        return tuple(torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y for y in ys)
+        own = (torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y for y in ys)
+        return *own, *also
 
     @staticmethod
     def backward(ctx: Any, *dys: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if torch.is_grad_enabled() or _are_functorch_transforms_active():
-            return _backward_with_graph(ctx, dys)
+        count = ctx.settings.members
+        dys, d_xa = dys[:count], dys[count] if len(dys) > count else None
+        ctx.went_backward = True
+        again = torch.is_grad_enabled() or d_xa is not None
+        if again or _are_functorch_transforms_active():
+            return _backward_with_graph(ctx, dys, d_xa)
         return _backward(ctx, dys)
+
+
+def spent(y: Tensor) -> bool:
+    """Whether a backward has gone through the call that made y, and freed what it kept."""
+    node = y.grad_fn
+    while node is not None and node.name() != "_GroupBackward":
+        node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
+    return getattr(node, "went_backward", False)
 
 
 class _TracedGroup(torch.autograd.Function):
@@ -314,9 +371,13 @@ class _TracedGroup(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *ys, xa, bits = output
+        *_, xa, bits = output
         ctx.mark_non_differentiable(*(t for t in (xa, bits) if t is not None))
-        _save(ctx, inputs, xa, bits)
+        settings, x, noise, *tensors = inputs
+        # All are kept: the compiler drops what its graph does not read.
+        mask = noise if bits is None else bits
+        ctx.save_for_backward(x, xa, mask, *tensors[: 3 * settings.members])
+        _note(ctx, settings, x, tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod

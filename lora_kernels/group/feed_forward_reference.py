@@ -239,15 +239,24 @@ def backward_with_graph(
     both, down = projections.part(GATE_UP), projections.part(DOWN)
     gate, up = reference.plain_forward(x, *both, scales[GATE_UP], keeps[0], p)
     act = activate(gate, activation)
-    again = reference.backward_with_graph
+
+    def again(
+        dys: Sequence[Tensor], into: Tensor, three: Projections, part: slice, asked: GroupNeeds
+    ) -> GroupGrads:
+        ranks = [None if a is None else a.shape[0] for a in three.lora_as]
+        keep = keeps[1] if part == DOWN else keeps[0]
+        return reference.backward_with_graph(
+            dys, None, into, *three[:3], None, ranks, scales[part], keep, p, asked, dtype
+        )
+
     asked = needs_part(needs, DOWN, inner(needs))
-    of_down = again((dy,), act * up, *down[:3], scales[DOWN], keeps[1], p, asked, dtype)
+    of_down = again((dy,), act * up, down, DOWN, asked)
     dh = of_down.dx
     if dh is None:
         return together(None, of_down)
     dys = slope_times(dh * up, gate, activation), dh * act
     asked = needs_part(needs, GATE_UP, needs.x)
-    of_both = again(dys, x, *both[:3], scales[GATE_UP], keeps[0], p, asked, dtype)
+    of_both = again(dys, x, both, GATE_UP, asked)
     return together(of_both, of_down)
 
 

@@ -172,54 +172,71 @@ def plain_forward(
 
 def backward_with_graph(
     dys: Factors,
-    x: Tensor,
-    weights: Sequence[Tensor],
+    d_xa: Tensor | None,
+    x: Tensor | None,
+    weights: Factors,
     lora_as: Factors,
     lora_bs: Factors,
+    xa: Tensor | None,
+    ranks: Sequence[int | None],
     scales: Sequence[float],
     keep: Tensor | None,
     dropout_p: float,
     needs: GroupNeeds,
     dtype: torch.dtype,
 ) -> GroupGrads:
-    """`backward` by products that torch can differentiate again, taken in ``dtype``."""
+    """`backward` by products that torch can differentiate again, taken in ``dtype``.
 
-    def wide(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(dtype)
+    Tensors that the gradients asked for do not read may be None; ``ranks`` says which members have
+    LoRA. ``d_xa`` is the gradient of the output ``xa``, which is one where x or the A's are not at
+    hand to make it anew.
+    """
 
-    x, dys = x.to(dtype), [wide(dy) for dy in dys]
-    lora_as, lora_bs = [wide(a) for a in lora_as], [wide(b) for b in lora_bs]
+    def wide(tensors: Factors) -> list[Tensor | None]:
+        return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+    (x, d_xa), dys, weights = wide((x, d_xa)), wide(dys), wide(weights)
+    lora_as, lora_bs = wide(lora_as), wide(lora_bs)
     undropped = 1.0 if keep is None else 1.0 / (1.0 - dropout_p)
-    spans = rank_spans(lora_as)
-    xa = _xa_with_graph(x, lora_as, keep, dropout_p)
-    dropped = x if keep is None else kept(x, keep)
-    dx = branch = None
-    count = len(weights)
+    dropped = x if x is None or keep is None else kept(x, keep)
+    count, end = len(ranks), 0
     dweights: list[Tensor | None] = [None] * count
     das, dbs, dbiases = [*dweights], [*dweights], [*dweights]
-    for i, dy in enumerate(dys):
+    base: list[Tensor] = []
+    branches: list[Tensor] = []
+    for i, (dy, rank) in enumerate(zip(dys, ranks, strict=True)):
+        columns = slice(end, end + (rank or 0))
+        end = columns.stop
         lora_a, lora_b = lora_as[i], lora_bs[i]
-        if dy is None:
+        if dy is not None:
+            if needs.x:
+                base.append(dy.mm(weights[i]))  # type: ignore[arg-type]
+            if needs.weights[i]:
+                dweights[i] = dy.t().mm(x)  # type: ignore[arg-type]
+            if needs.biases[i]:
+                dbiases[i] = dy.sum(0, dtype=torch.float32 if is_narrow(dy) else None)
+            if needs.lora_bs[i]:
+                if dropped is not None and lora_a is not None:
+                    own = dropped.mm(lora_a.t()) * undropped
+                else:
+                    own = xa[:, columns].to(dtype)  # type: ignore[index]
+                dbs[i] = dy.t().mm(own) * scales[i]
+        if rank is None or not (needs.x or needs.lora_as[i]):
             continue
-        if needs.x:
-            part = dy.mm(weights[i].to(dtype))
-            dx = part if dx is None else dx + part
-        if needs.weights[i]:
-            dweights[i] = dy.t().mm(x)
-        if needs.biases[i]:
-            dbiases[i] = dy.sum(0, dtype=torch.float32 if is_narrow(dy) else None)
-        if lora_a is None or lora_b is None or xa is None:
+        parts = [] if d_xa is None else [d_xa[:, columns] * undropped]
+        if dy is not None:
+            parts.append(dy.mm(lora_b) * (scales[i] * undropped))  # type: ignore[arg-type]
+        if not parts:
             continue
-        dxa = dy.mm(lora_b) * (scales[i] * undropped)
+        dxa = sum(parts[1:], parts[0])
         if needs.x:
-            part = dxa.mm(lora_a)
-            branch = part if branch is None else branch + part
+            branches.append(dxa.mm(lora_a))  # type: ignore[arg-type]
         if needs.lora_as[i]:
-            das[i] = dxa.t().mm(dropped)
-        if needs.lora_bs[i]:
-            dbs[i] = dy.t().mm(xa[:, spans[i]]) * scales[i]
-    if branch is not None and dx is not None:
-        dx = dx + (branch if keep is None else kept(branch, keep))
+            das[i] = dxa.t().mm(dropped)  # type: ignore[arg-type]
+    if branches:
+        branch = sum(branches[1:], branches[0])
+        base.append(branch if keep is None else kept(branch, keep))
+    dx = sum(base[1:], base[0]) if base else None
     return GroupGrads(dx, tuple(dweights), tuple(das), tuple(dbs), tuple(dbiases))
 
 

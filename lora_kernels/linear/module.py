@@ -228,6 +228,7 @@ _OWN = (
     "_lora_siblings",
     "_lora_slot",
     "_lora_state",
+    "_lora_together",
 )
 
 

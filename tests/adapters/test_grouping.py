@@ -21,6 +21,7 @@ from lora_kernels import (
     merged_lora,
     remove_lora,
     save_lora,
+    use_lora,
 )
 from lora_kernels.group import siblings as room
 
@@ -161,21 +162,59 @@ def test_only_what_is_called_together():
     assert not any(hasattr(m, "_lora_siblings") for m in model.modules())
 
 
-def test_a_list_of_linears_is_seen_to_be_called_together():
-    class Heads(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.heads = nn.ModuleList(nn.Linear(8, n) for n in (2, 3, 4, 5, 6))
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(8, n) for n in (3, 3, 3, 3, 3))
 
-        def forward(self, x):
-            return torch.cat([head(x) for head in self.heads], 1)
+    def forward(self, x):
+        return sum(head(x) for head in self.heads)
 
-    model = Heads()
-    apply_lora(model, 2, target_modules="all-linear", verbose=False, group=True)
+
+class HeadsApart(Heads):
+    def forward(self, x):
+        return [head(x) for head in self.heads]
+
+
+def test_a_list_of_linears():
+    for group in (True, None):
+        model = Heads()
+        apply_lora(model, 2, target_modules="all-linear", verbose=False, group=group)
+        assert len(groups(model)) == 1
+        assert nodes(model(torch.randn(300, 8))) == 1
+
+
+def test_outputs_that_are_returned_apart_are_grouped_only_where_asked():
+    """Each of them may get a backward of its own, which one call for all has but once."""
+    model = HeadsApart()
+    apply_lora(model, 2, target_modules="all-linear", verbose=False)
+    ys = model(torch.randn(300, 8))
     assert not groups(model)
-    model(torch.randn(3, 8))
-    assert len(groups(model)) == 1
-    assert nodes(model(torch.randn(3, 8))) == 1
+    for y in ys:
+        y.sum().backward()
+    asked = HeadsApart()
+    apply_lora(asked, 2, target_modules="all-linear", verbose=False, group=True)
+    assert len(groups(asked)) == 1 and nodes(sum(asked(torch.randn(3, 8)))) == 1
+
+
+def test_what_was_said_of_a_model_holds_for_its_next_adapter(tmp_path):
+    for group, count in ((False, 0), (True, 4)):
+        model = adapted("llama", group)
+        apply_lora(model, 2, target_modules=["q_proj"], name="b", verbose=False)
+        use_lora(model, "default")
+        assert nodes(model(input_ids=IDS).logits) == count
+        save_lora(model, tmp_path / "lora.safetensors", name="b")
+        load_lora(model, tmp_path / "lora.safetensors", name="c")
+        assert nodes(model(input_ids=IDS).logits) == count
+
+
+def test_minimind_is_read_by_its_names():
+    transformer = pytest.importorskip("minimind.model.transformer")
+    config = pytest.importorskip("minimind.model.config")
+    model = transformer.MiniMindLM(config.LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2))
+    apply_lora(model, 2, target_modules=["wq", "wk", "wv"], verbose=False, group=True)
+    assert {len(group) for group in groups(model)} == {3} and len(groups(model)) == 2
+    assert nodes(model(IDS).logits) == 2
 
 
 def test_the_default_on_a_cpu_and_no():

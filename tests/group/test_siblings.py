@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import LoRALinear
+from lora_kernels import LoRALinear, use_backend
 from lora_kernels.group.siblings import Siblings
 
 SIZES = (8, 4, 6)
 
 
-def make(dropout=0.0, seen=True, grouped=True, **options):
+def make(dropout=0.0, grouped=True, **options):
     torch.manual_seed(1)
     layers = nn.ModuleList(
         LoRALinear(8, n, bias=n == 4, rank=2, alpha=3.0, dropout=dropout) for n in SIZES
@@ -27,12 +27,17 @@ def make(dropout=0.0, seen=True, grouped=True, **options):
     for layer in layers:
         nn.init.normal_(layer.lora.B.weight)
     if grouped:
-        Siblings(list(layers), seen=seen, **options)
+        Siblings(list(layers), **options)
     return layers
 
 
 def an_input(rows=3):
     return torch.randn(rows, 8, requires_grad=True)
+
+
+def kept_of(layers):
+    """What this thread has made ahead."""
+    return layers[0]._lora_siblings._kept.get(threading.get_ident())
 
 
 def is_grouped(*ys):
@@ -62,32 +67,15 @@ def test_whoever_is_first_computes_for_all(order):
     expected = [alone[i](x) for i in order]
     same(ys, expected)
     same(gradients(ys, x, layers), gradients(expected, x, alone))
-    assert layers[0]._lora_siblings._kept is None
-
-
-def test_until_they_are_seen_together_each_computes_by_itself():
-    layers, x = make(seen=False), an_input()
-    first = [layer(x) for layer in layers]
-    assert not is_grouped(*first) and layers[0]._lora_siblings.together
-    assert is_grouped(*(layer(x) for layer in layers))
-
-
-def test_those_who_read_another_tensor_are_left_out():
-    layers, x, z = make(seen=False), an_input(), an_input()
-    for _ in range(2):
-        q, k, v = layers[0](x), layers[1](z), layers[2](z)
-    assert is_grouped(k, v) and q.grad_fn.name() == "_LoRALinearBackward"
-    assert not hasattr(layers[0], "_lora_siblings")
+    assert not layers[0]._lora_siblings._kept
 
 
 def test_a_layer_that_comes_with_another_tensor_a_second_time_or_not_at_all():
     layers, alone = make(), make(grouped=False)
-    for _ in range(4):
+    for _ in range(3):
         x, z = an_input(), an_input()
-        ys = [layers[0](x), layers[0](x), layers[1](z)]
-        same(ys, [alone[0](x), alone[0](x), alone[1](z)])
-    assert not hasattr(layers[0], "_lora_siblings")  # too much was made for nobody
-    assert not hasattr(layers[2], "_lora_siblings")
+        order = [(0, x), (0, x), (1, z), (2, x), (1, x)]
+        same([layers[i](t) for i, t in order], [alone[i](t) for i, t in order])
 
 
 CHANGES = {
@@ -102,6 +90,11 @@ CHANGES = {
     "the adapter in use": lambda layers, x: layers[1].use_adapters({}),
     "the state": lambda layers, x: setattr(layers[1], "_lora_state", "disabled"),
     "dropout": lambda layers, x: layers[1].set_dropout(0.5),
+    "the memory of B": lambda layers, x: setattr(layers[1].lora.B.weight, "data", torch.ones(4, 2)),
+    "whether x learns": lambda layers, x: x.requires_grad_(),
+    "a hook that gives it another tensor": lambda layers, x: layers[1].register_forward_pre_hook(
+        lambda module, args: (args[0] * 2,)
+    ),
 }
 
 
@@ -110,7 +103,7 @@ def test_what_changes_between_the_calls_counts(change):
     layers, alone = make().eval(), make(grouped=False).eval()
     x = torch.randn(3, 8)
     layers[0](x)
-    assert 1 in layers[0]._lora_siblings._kept.ys
+    assert 1 in kept_of(layers).ys
     for these in (layers, alone):
         with torch.no_grad():
             CHANGES[change](these, x if these is layers else torch.zeros(1))
@@ -132,6 +125,17 @@ def test_modes_that_change_between_the_calls():
     layers[0](x)
     with torch.autocast("cpu", torch.bfloat16):
         assert layers[1](x).dtype == torch.bfloat16
+        layers[0](x)
+    with torch.autocast("cpu", torch.float16):
+        assert layers[1](x).dtype == torch.float16
+    with torch.inference_mode():
+        layers[0](x)
+    with torch.no_grad():
+        assert not layers[1](x).is_inference()
+    layers[0](x)
+    with use_backend("reference"):
+        assert 2 in kept_of(layers).ys
+        layers[1](x)
     with torch.inference_mode():
         inside = torch.randn(3, 8)
         first = layers[0](inside)
@@ -183,12 +187,39 @@ def test_hooks_of_the_layers_are_called():
 def test_what_is_left_after_an_exception_is_forgotten_at_the_next_call_of_any():
     layers, others = make(), make()
     layers[0](an_input())  # and then something raises
-    kept = weakref.ref(layers[0]._lora_siblings._kept.ys[1])
+    kept = weakref.ref(kept_of(layers).ys[1])
     x = an_input()
     for layer in others:
         layer(x)
     gc.collect()
-    assert kept() is None and layers[0]._lora_siblings._kept is None
+    assert kept() is None and not layers[0]._lora_siblings._kept
+
+
+def test_what_an_ended_thread_has_left_is_forgotten():
+    layers, others = make(), make()
+    worker = threading.Thread(target=lambda: layers[0](torch.randn(3, 8)))
+    worker.start()
+    worker.join()
+    for _ in range(2):
+        others[0](an_input())
+    assert not layers[0]._lora_siblings._kept
+
+
+def test_backwards_of_their_own_in_turn():
+    """As of an actor and a critic, or of heads that take turns."""
+    layers, alone, x = make(), make(grouped=False), an_input()
+    for these in (layers, alone):
+        for layer in these:
+            layer(x).sum().backward()
+    same([p.grad for p in layers.parameters()], [p.grad for p in alone.parameters()])
+
+
+def test_a_sibling_in_another_dtype_does_not_matter():
+    layers, alone = make(), make(grouped=False)
+    layers[1].double()
+    x = an_input()
+    torch.testing.assert_close(layers[0](x), alone[0](x))
+    assert layers[1](x.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -222,29 +253,49 @@ def test_a_layer_does_not_keep_the_others_alive():
     assert first(an_input()).shape == (3, 8)
 
 
+BLOCKS = {
+    "all": lambda layers, x: torch.cat([layer(x) for layer in layers], 1),
+    "one alone": lambda layers, x: layers[0](x).sin(),
+    "stopped early": lambda layers, x: layers[0](x).sin().sum() + layers[1](x).sin().sum(),
+    "twice": lambda layers, x: layers[0](x).sin() + layers[0](x).cos(),
+}
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing(use_reentrant):
-    layers, x = make(0.5), an_input()
+def test_checkpointing(use_reentrant, block, hooks):
+    """What a recomputed call does is what it did, whatever was left over in between."""
+    layers = make(0.5)
+    if hooks:
+        layers[0].register_full_backward_hook(lambda *_: None)
+    for _ in range(4):
+        layers.zero_grad()
+        x = an_input()
+        torch.manual_seed(3)
+        y = BLOCKS[block](layers, x)
+        plain = gradients([y], x, layers)
+        torch.manual_seed(3)
+        again = checkpoint(BLOCKS[block], layers, x, use_reentrant=use_reentrant)
+        again.square().sum().backward()
+        torch.testing.assert_close(y, again)
+        same(plain, [x.grad, *(p.grad for p in layers.parameters())])
 
-    def block(x):
-        return torch.cat([layer(x) for layer in layers], 1)
 
-    torch.manual_seed(3)
-    y = block(x)
-    plain = gradients([y], x, layers)
-    torch.manual_seed(3)
-    again = checkpoint(block, x, use_reentrant=use_reentrant)
-    again.square().sum().backward()
-    torch.testing.assert_close(y, again)
-    same(plain, [x.grad, *(p.grad for p in layers.parameters())])
-    assert layers[0]._lora_siblings._kept is None
+def test_siblings_in_checkpoints_of_their_own():
+    layers, alone = make(), make(grouped=False)
+    x = an_input()
+    results = []
+    for these in (layers, alone):
+        ys = [checkpoint(lambda x, m=m: m(x).sin(), x, use_reentrant=False) for m in these]
+        results.append(gradients(ys, x, these))
+    same(*results)
 
 
 # dynamo itself makes an instance of the Function, which torch deprecates.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("seen", [True, False])
-def test_compiles_whole(seen):
-    layers, alone = make(seen=seen), make(grouped=False)
+def test_compiled_each_computes_by_itself():
+    layers, alone = make(), make(grouped=False)
 
     class Block(nn.Module):
         def __init__(self, layers):
@@ -260,7 +311,7 @@ def test_compiles_whole(seen):
         ys, expected = compiled(x), Block(alone)(x)
         torch.testing.assert_close(ys, expected)
         same(gradients([ys], x, layers), gradients([expected], x, alone))
-    assert layers[0]._lora_siblings._kept is None
+    assert not layers[0]._lora_siblings._kept
     graphs = []
 
     def look(graph, inputs):
@@ -269,7 +320,7 @@ def test_compiles_whole(seen):
 
     torch._dynamo.reset()
     torch.compile(Block(layers), fullgraph=True, backend=look)(an_input())
-    assert graphs[0].count("autograd_function_apply(") == (1 if seen else 3)
+    assert graphs[0].count("autograd_function_apply(") == 3
 
 
 def test_threads_get_each_their_own():

@@ -15,11 +15,7 @@ def groups(model):
         for m in model.modules()
         if hasattr(m, "_lora_siblings")
     }
-    return {
-        frozenset(names[id(layer)] for layer in each.layers())
-        for each in found.values()
-        if each.together
-    }
+    return {frozenset(names[id(layer)] for layer in each.layers()) for each in found.values()}
 
 
 def nodes(tensor):
