@@ -49,6 +49,9 @@ def test_it_is_reversible_and_can_be_left_out():
     assert groups(model)
     accelerate_peft(model, group=False)
     assert not groups(model) and nodes(model(input_ids=IDS).logits) == 0
+    accelerate_peft(model)  # as was said before
+    assert nodes(model(input_ids=IDS).logits) == 0
+    accelerate_peft(model, undo=True)
     accelerate_peft(model)
     assert nodes(model(input_ids=IDS).logits) == 4  # the default on a CPU
     accelerate_peft(model, undo=True)
