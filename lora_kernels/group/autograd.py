@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
@@ -348,7 +349,9 @@ class _Group(torch.autograd.Function):
         dys, d_xa = dys[:count], dys[count] if len(dys) > count else None
         ctx.went_backward = True
         again = torch.is_grad_enabled() or d_xa is not None
-        if again or _are_functorch_transforms_active():
+        # Several dy in a batch come as one that hides it, and has no memory to read.
+        batched = any(dy is not None and is_legacy_batchedtensor(dy) for dy in dys)
+        if again or batched or _are_functorch_transforms_active():
             return _backward_with_graph(ctx, dys, d_xa)
         return _backward(ctx, dys)
 

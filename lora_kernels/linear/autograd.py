@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
@@ -265,7 +266,8 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Any, dxa: Any = None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         again = torch.is_grad_enabled() or dxa is not None or dy is None
-        if again or _are_functorch_transforms_active():  # the latter for several dy in a batch
+        # Several dy in a batch come as one that hides it, and has no memory to read.
+        if again or _are_functorch_transforms_active() or is_legacy_batchedtensor(dy):
             return _backward_with_graph(ctx, dy, dxa)
         return _backward(ctx, dy)
 

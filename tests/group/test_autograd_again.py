@@ -10,6 +10,7 @@ from groups import MEMBERS, Group
 from kernel_cases import PATHS
 
 from lora_kernels import lora_linear_group, use_backend
+from lora_kernels.kernels.dropout import draw_keep_mask
 
 # torch's own forward mode compiles its decompositions by it.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`")
@@ -89,3 +90,56 @@ def test_export():
     assert "lora_kernels" not in str(program.graph)
     for a, b in zip(program.module()(*group.inputs), group.statement(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("device", "backend"), PATHS)
+def test_several_dy_in_a_batch(device, backend):
+    group = Group(QKV, 12, 16, torch.float32).to(torch.float32, device).train()
+    with use_backend(backend):
+        ys = group.ours()
+        dys = [torch.randn(3, *y.shape, device=device) for y in ys]
+        options = {"retain_graph": True}
+        together = torch.autograd.grad(ys, group.inputs, dys, is_grads_batched=True, **options)
+        apart = [
+            torch.autograd.grad(ys, group.inputs, [dy[i] for dy in dys], **options)
+            for i in range(3)
+        ]
+    for ours, each in zip(together, zip(*apart, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(each), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
+def test_what_a_gradient_does_not_depend_on_is_none(subset, dropout_p):
+    """As in plain torch: missing where there is no dependence, of an unused member above all."""
+    for used in ((0, 1), (0,)):
+        group = Group(QKV[:2])
+        group.train(*(name for name in group.names if name.rstrip("0123456789") in subset))
+        wanted = {name: t for name, t in group.tensors.items() if t.requires_grad}
+        torch.manual_seed(8)
+        keep = draw_keep_mask(group.inputs[0].detach(), dropout_p) if dropout_p else None
+        found = []
+        for ys in (
+            group.ours(dropout_p=dropout_p),
+            group.statement(keep=keep, dropout_p=dropout_p),
+        ):
+            total = sum(ys[i].square().sum() for i in used)
+            if not total.requires_grad:
+                continue
+            grads = torch.autograd.grad(
+                total, list(wanted.values()), create_graph=True, allow_unused=True
+            )
+            squares = [g.square().sum() for g in grads if g is not None and g.requires_grad]
+            again = [None] * len(wanted)
+            if squares:
+                again = torch.autograd.grad(sum(squares), list(wanted.values()), allow_unused=True)
+            found.append((*grads, *again))
+        if len(found) < 2:
+            continue
+        for name, ours, truth in zip([*wanted, *wanted], *found, strict=True):
+            if truth is None and "x" not in subset:
+                assert ours is None or not ours.any(), name  # xa is one output for all members
+                continue
+            assert (ours is None) == (truth is None), name
+            if truth is not None:
+                torch.testing.assert_close(ours, truth)

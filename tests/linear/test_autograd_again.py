@@ -204,3 +204,16 @@ def test_an_exported_layer_can_be_trained(strict):
     grads = {name: p.grad for name, p in exported.named_parameters()}
     for name, parameter in layer.named_parameters():
         torch.testing.assert_close(grads[name], parameter.grad)
+
+
+@pytest.mark.parametrize(("device", "backend"), PATHS)
+def test_several_dy_in_a_batch(device, backend):
+    made = make(Case(12, 8, 16, 4), torch.float32, device)
+    inputs = [t.requires_grad_() for t in made[:5]]
+    dys = torch.randn(3, 12, 8, device=device)
+    with use_backend(backend):
+        y = lora_linear(*inputs)
+        together = torch.autograd.grad(y, inputs, dys, is_grads_batched=True, retain_graph=True)
+        apart = [torch.autograd.grad(y, inputs, dy, retain_graph=True) for dy in dys]
+    for ours, each in zip(together, zip(*apart, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(each), rtol=1e-4, atol=1e-5)
