@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import contextmanager
 
+import torch
 from places import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,11 +57,14 @@ class _Tracer:
 def failing_line(at, kind, within):
     """Raise ``kind`` at the ``at``-th line of the library's functions that are called so."""
     tracer, before = _Tracer(at, kind, within), sys.gettrace()
+    learning = torch.is_grad_enabled()
     sys.settrace(tracer)
     try:
         yield tracer
     finally:
         sys.settrace(before)
+        # Stopped at the very end of a ``with``, Python does not leave the block.
+        torch.set_grad_enabled(learning)
 
 
 def stopped_everywhere(failing, kind, make, act, look, also=(), stride=1):
