@@ -86,13 +86,14 @@ class Projections(nn.Module):
     def __init__(self, problem: GroupProblem, device: torch.device) -> None:
         super().__init__()
         dtype = DTYPES[problem.dtype]
-        for i, n in enumerate(problem.widths):
-            setattr(self, f"p{i}", nn.Linear(problem.k, n, bias=False, device=device, dtype=dtype))
-        self.names = [f"p{i}" for i in range(len(problem.widths))]
+        self.linears = nn.ModuleList(
+            nn.Linear(problem.k, n, bias=False, device=device, dtype=dtype) for n in problem.widths
+        )
+        self.names = [f"linears.{i}" for i in range(len(problem.widths))]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """``x [M, K]`` to the ys."""
-        return [getattr(self, name)(x) for name in self.names]
+        return [linear(x) for linear in self.linears]
 
 
 class Inputs(NamedTuple):
@@ -156,7 +157,7 @@ class GroupCall(Call):
             model = peft.get_peft_model(module, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
             if "accelerated" in name:
                 accelerate_peft(model, group=True)
-            layers = [getattr(module, target) for target in module.names]
+            layers = list(module.linears)
             pairs = [(x.lora_A["default"].weight, x.lora_B["default"].weight) for x in layers]  # type: ignore[union-attr, index]
             bases = [layer.base_layer.weight for layer in layers]  # type: ignore[union-attr]
         else:
@@ -170,7 +171,7 @@ class GroupCall(Call):
                 group=name.endswith("together"),
                 verbose=False,
             )
-            layers = [getattr(module, target) for target in module.names]
+            layers = list(module.linears)
             pairs = [(layer.lora.A.weight, layer.lora.B.weight) for layer in layers]  # type: ignore[union-attr]
             bases = [layer.weight for layer in layers]
         with torch.no_grad():
@@ -228,6 +229,9 @@ def check(call: GroupCall) -> None:
         results.append([*ys, *grads])
     plain, truth = results
     ys, grads = undropped.run()
+    together = call.name in ("peft, accelerated", "ours, together")
+    if together != (len({y.grad_fn for y in ys}) == 1) and call.name != "one Function":
+        raise GateError(f"{call.name}: the linears are not computed as the name says")
     if len(ys) + len(grads) != len(truth):
         raise GateError(f"{call.name}: {len(ys) + len(grads)} values instead of {len(truth)}")
     for i, (got, one, other) in enumerate(zip([*ys, *grads], plain, truth, strict=True)):
