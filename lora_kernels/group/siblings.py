@@ -7,8 +7,8 @@ and nothing has changed since; else that layer computes for all anew. So a call 
 as activation checkpointing does, goes the way it went before, whatever was left over meanwhile.
 
 What no version counter tells is not noticed: values written through ``.data`` or another library's
-view between the calls of two siblings with one tensor. While a model is traced (``torch.compile``)
-each layer computes by itself.
+view between the calls of two siblings with one tensor. While somebody looks into the products
+(``torch.compile``, ``torch.func``, forward mode) each layer computes by itself.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.modules import module as nn_module
 
@@ -117,6 +119,8 @@ class Siblings:
         if is_compiling() or ref is None or ref() is not layer:  # the latter of a shallow copy
             return None
         if type(x) not in _PLAIN_TYPES or x.dim() == 0 or x.is_inference():
+            return None
+        if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return None
         thread = threading.get_ident()
         kept = self._kept.get(thread)

@@ -355,3 +355,19 @@ def test_few_rows_on_a_cpu_are_not_worth_it():
     x, many = an_input(255), an_input(256)
     assert not is_grouped(*(layer(x) for layer in layers))
     assert is_grouped(*(layer(many) for layer in layers))
+
+
+# torch's own forward mode compiles its decompositions by it.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
+def test_transforms_of_functions():
+    layers, alone, x = make(), make(grouped=False), torch.randn(4, 3, 8)
+    for transform in (
+        lambda f: torch.vmap(torch.func.grad(f))(x),
+        lambda f: torch.func.jvp(f, (x,), (x,))[1],
+        lambda f: torch.func.hessian(f)(x[0, 0]),
+    ):
+        results = [
+            transform(lambda x, these=these: sum(layer(x).square().sum() for layer in these))
+            for these in (layers, alone)
+        ]
+        torch.testing.assert_close(*results)
