@@ -94,9 +94,11 @@ class Memory:
 
     def _watch(self) -> None:
         while True:
+            ends = self._over.is_set()  # and then once more, or what came last is not seen
             self.most = max(self.most, sum(map(_shared, [os.getpid(), *_children()])))
-            if self._over.wait(self._every):
+            if ends:
                 return
+            self._over.wait(self._every)
 
 
 def _children() -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharding import reshard
 from .wholes import ASIDE, Aside
 
 # A change asks and acts in one step: between the two no other thread may change anything.
@@ -38,6 +39,7 @@ def change_of(model: nn.Module) -> Iterator[None]:
     That is for whatever stops it: a refusal, memory that runs out, Ctrl-C.
     """
     with LOCK:
+        reshard(model)  # or what FSDP has put in place for a while would be brought back
         before = [_Before(module) for module in model.modules()]
         try:
             yield
