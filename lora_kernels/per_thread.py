@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,4 +56,19 @@ class PerThread(Generic[Value]):
 
     def _put(self, value: Value) -> None:
         self._here.value = value
+        if _steals():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
         torch._C._stash_obj_in_tls(self._key, value)
+
+
+@functools.cache
+def _steals() -> bool:
+    """Whether torch keeps an object without counting its reference, as 2.11 does, and gives one
+    back too many when another takes its place."""
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls("lora_kernels.probe", probe)
+    stolen = sys.getrefcount(probe) == before
+    if stolen:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
+    return stolen
